@@ -1,0 +1,39 @@
+"""Tensors only: wirings, crosscoders, activations, sparse features, stores. Imports no framework but torch."""
+
+from clt_plugin.core.activations import ACTIVATIONS, Activation, BatchTopK, JumpReLU, ReLU, TopK, jumprelu, step
+from clt_plugin.core.crosscoder import FORMATS, CrossLayerTranscoder, Crosscoder, Host, Sites
+from clt_plugin.core.errors import AttachError, FormatError, RegistryError, WiringError
+from clt_plugin.core.features import SparseFeatures, SparseGroup
+from clt_plugin.core.store import LazyStore, MemoryStore, Piece, Store
+from clt_plugin.core.wiring import MODEL, SITE_NAMES, Layout, Site, Wiring
+
+__all__ = [
+    "ACTIVATIONS",
+    "FORMATS",
+    "MODEL",
+    "SITE_NAMES",
+    "Activation",
+    "AttachError",
+    "BatchTopK",
+    "CrossLayerTranscoder",
+    "Crosscoder",
+    "FormatError",
+    "Host",
+    "JumpReLU",
+    "Layout",
+    "LazyStore",
+    "MemoryStore",
+    "Piece",
+    "ReLU",
+    "RegistryError",
+    "Site",
+    "Sites",
+    "SparseFeatures",
+    "SparseGroup",
+    "Store",
+    "TopK",
+    "Wiring",
+    "WiringError",
+    "jumprelu",
+    "step",
+]
