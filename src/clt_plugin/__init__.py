@@ -1,2 +1,55 @@
-"""Cross-layer transcoders as a hookable part of your nnsight or TransformerLens model."""
-from clt_plugin.core import *  # provisional
+"""Cross-layer transcoders as a hookable part of your nnsight or TransformerLens model.
+
+After ``import clt_plugin``, nnsight's models and TransformerLens's `TransformerBridge` have the method ``add_clt``.
+"""
+
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from clt_plugin.adapters import Handle, add_clt, register
+from clt_plugin.core import (
+    AttachError,
+    Crosscoder,
+    CrossLayerTranscoder,
+    FormatError,
+    Host,
+    Site,
+    SparseFeatures,
+    Wiring,
+    WiringError,
+)
+from clt_plugin.hub import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttachError",
+    "CrossLayerTranscoder",
+    "Crosscoder",
+    "FormatError",
+    "Handle",
+    "Host",
+    "Site",
+    "SparseFeatures",
+    "Wiring",
+    "WiringError",
+    "add_clt",
+    "load",
+]
+
+register()
+
+
+class _Package(ModuleType):
+    """This package, which travels to a remote model that lacks it as the one name that makes sense there."""
+
+    def __reduce__(self) -> Any:
+        from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
+
+        if __name__ in _PICKLE_BY_VALUE_MODULES:
+            return (SimpleNamespace, (), {"add_clt": add_clt})
+        return (__import__, (__name__,))
+
+
+sys.modules[__name__].__class__ = _Package

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -176,10 +176,12 @@ class Activation:
         if unknown:
             takes = f"takes {', '.join(known)}" if known else "takes no settings"
             raise WiringError(f"the activation {activation!r} {takes}, not {', '.join(unknown)}")
-        try:
-            return cls(**settings)
-        except TypeError:
-            raise WiringError(f"the activation {activation!r} needs a k: how many latents to keep a token") from None
+        needed = {field.name for field in fields(cls) if field.default is MISSING and field.default_factory is MISSING}
+        lacking = sorted(needed - set(settings))
+        if lacking:
+            what = {"k": "a k: how many latents to keep a token"}.get(lacking[0], f"settings: {', '.join(lacking)}")
+            raise WiringError(f"the activation {activation!r} needs {what}")
+        return cls(**settings)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
@@ -34,12 +34,8 @@ from clt_plugin.core.features import (
     decode_sparse_group,
     stack_groups,
 )
-from clt_plugin.core.registry import Registry
 from clt_plugin.core.store import LazyStore, MemoryStore, Store, product
 from clt_plugin.core.wiring import Layout, Site, Wiring
-
-FORMATS: Registry[Any] = Registry("format")
-"""On-disk formats by name; `clt_plugin.formats` fills it."""
 
 NORM_KINDS = ("concatenated", "separate", "per_write")
 
@@ -145,16 +141,15 @@ class Crosscoder(nn.Module):
             self.threshold = nn.ParameterList(nn.Parameter(value, requires_grad=False) for value in unmeasured)
         # Published decoder norms, where a format stores them; None to measure them on the weights.
         self.stored_norms: nn.ParameterList | None = None
-        self._lazy_store = store
+        # What is read lazily is converted to the crosscoder's own dtype and device.
+        self._lazy_store = None if store is None else store.moved(self.dtype, self.device)
         if store is None:
             self._make_weights(made)
 
     def _make_weights(self, made: dict[str, Any]) -> None:
         layout, n_layers = self.layout, self.wiring.n_layers
         groups = list(enumerate(self.group_sizes))
-        self.W_enc = nn.ParameterList(
-            _uniform((layout.read_width(g), n), 1 / math.sqrt(n), made) for g, n in groups
-        )
+        self.W_enc = nn.ParameterList(_uniform((layout.read_width(g), n), 1 / math.sqrt(n), made) for g, n in groups)
         decoders = []
         for g, n in groups:
             decoder = _uniform((n, layout.write_width(g)), 1.0, made)
@@ -289,7 +284,8 @@ class Crosscoder(nn.Module):
                 measured density makes the faster. All give the same result.
 
         Returns:
-            Stacked (n_write_sites, ..., d) for stacked features, else {site: (..., d_site)}.
+            Stacked (n_write_sites, ..., d) where features or x are stacked and all sites are of one width, else
+            {site: (..., d_site)}.
         """
         if path not in ("auto", "dense", "sparse"):
             raise ValueError(f"path must be 'auto', 'dense' or 'sparse', not {path!r}")
@@ -301,9 +297,10 @@ class Crosscoder(nn.Module):
         skips = self._skips(x)
         result = {}
         for site, bias in zip(self.wiring.write_sites, self.b_dec, strict=True):
-            y = total[site].reshape(*shape, -1) + bias
+            y = total[site].reshape(*shape, len(bias)) + bias
             result[site] = y + skips[site] if site in skips else y
-        return torch.stack(list(result.values())) if stacked and self.layout.common_width() else result
+        stacked = (stacked or isinstance(x, Tensor)) and self.layout.common_width() is not None
+        return torch.stack(list(result.values())) if stacked else result
 
     def decode_group(self, group: int, acts: Tensor, path: str = "auto") -> dict[Site, Tensor]:
         """Return what one group adds to each site it writes, without biases.
@@ -318,7 +315,7 @@ class Crosscoder(nn.Module):
         """
         flat = acts.reshape(-1, acts.shape[-1])
         parts = self._split(group, self._decode_flat(group, flat, len(flat), path))
-        return {site: part.reshape(*acts.shape[:-1], -1) for site, part in parts.items()}
+        return {site: part.reshape(*acts.shape[:-1], self.layout.width[site]) for site, part in parts.items()}
 
     def bias(self, site: Site) -> Tensor:
         """Return the decoder bias of a written site, (d_site,)."""
@@ -372,7 +369,8 @@ class Crosscoder(nn.Module):
         weight = self.decoder_vectors(group)
         if kind == "concatenated":
             return weight.norm(dim=-1)
-        norms = torch.stack([weight[:, columns].norm(dim=-1) for columns in self.layout.write_slices[group].values()], 1)
+        slices = self.layout.write_slices[group].values()
+        norms = torch.stack([weight[:, columns].norm(dim=-1) for columns in slices], dim=1)
         return norms if kind == "per_write" else norms.sum(dim=1)
 
     @torch.no_grad()
@@ -403,7 +401,7 @@ class Crosscoder(nn.Module):
             lowest = [torch.stack(positive).min()] * len(lowest)
         for parameter, value in zip(self.threshold, lowest, strict=True):
             # Selection is "greater than": step just below the smallest score selected.
-            parameter.copy_(value * (1 - torch.finfo(value.dtype).eps))
+            parameter.copy_(value.nextafter(torch.zeros_like(value)))
 
     def materialize(self) -> Crosscoder:
         """Return the same crosscoder with its weights in memory; itself if they are."""
@@ -424,10 +422,14 @@ class Crosscoder(nn.Module):
             features: {layer: latents to keep there, in this order}; layers left out keep all theirs.
         """
         wiring, features = self.wiring, dict(features or {})
-        groups = [g for g in range(wiring.n_groups) if layers is None or wiring.home[g] in set(layers)]
-        missing = sorted(({*layers} if layers is not None else {*features}) - {*wiring.home})
+        layers = {*wiring.home} if layers is None else {*layers}
+        groups = [g for g in range(wiring.n_groups) if wiring.home[g] in layers]
+        missing = sorted((layers | {*features}) - {*wiring.home})
         if missing or not groups:
             raise WiringError(f"no group is at home in layer {missing}: there are groups in layers {list(wiring.home)}")
+        unkept = sorted({*features} - layers)
+        if unkept:
+            raise WiringError(f"features of layer {unkept} are asked for, but layers keeps {sorted(layers)}")
         latents = {}
         for g in groups:
             if wiring.home[g] in features:
@@ -452,6 +454,9 @@ class Crosscoder(nn.Module):
             format: ``"native"``, ``"circuit-tracer"``, or any registered format that writes.
             overwrite: Whether a folder that holds something may be replaced.
         """
+        # Imported here, since a crosscoder that travels to a remote model takes its globals along.
+        from clt_plugin.core.registry import FORMATS
+
         FORMATS[format].save(self, folder, overwrite=overwrite)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -488,7 +493,8 @@ class Crosscoder(nn.Module):
 
         def own(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:
             grad = True if like is None else like.requires_grad
-            return nn.Parameter(tensor.detach().clone(), grad)
+            # Contiguous, as safetensors and the encoder's (read width, F) rows want it.
+            return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), grad)
 
         def picked(parameters: nn.ParameterList, g: int) -> nn.Parameter:
             whole = parameters[g]
@@ -554,9 +560,13 @@ class Crosscoder(nn.Module):
             sizes = [group.n_latents for group in groups]
         else:
             stacked = isinstance(features, Tensor)
-            groups = list(features)
-            shape, sizes = tuple(groups[0].shape[:-1]), [acts.shape[-1] for acts in groups]
-            groups = [acts.reshape(-1, acts.shape[-1]) for acts in groups]
+            groups, shape = list(features), ()
+            sizes, leading = [acts.shape[-1] for acts in groups], {tuple(acts.shape[:-1]) for acts in groups}
+            if len(leading) > 1:
+                raise WiringError(f"the features' leading shapes differ: {sorted(leading)}")
+            if groups:
+                shape = leading.pop()
+                groups = [acts.reshape(-1, acts.shape[-1]) for acts in groups]
         if tuple(sizes) != self.group_sizes:
             raise WiringError(f"the groups have {list(self.group_sizes)} latents, but the features have {sizes}")
         return groups, shape, stacked
@@ -596,7 +606,7 @@ def _new_crosscoder(cls: type[Crosscoder]) -> Crosscoder:
 def _group_sizes(n_latents: int | Sequence[int], n_groups: int) -> tuple[int, ...]:
     sizes = (n_latents,) * n_groups if isinstance(n_latents, int) else tuple(n_latents)
     if len(sizes) != n_groups or any(not isinstance(n, int) or n < 1 for n in sizes):
-        raise WiringError(f"n_latents is one number of at least 1, or {n_groups} of them, one a group, not {n_latents!r}")
+        raise WiringError(f"n_latents is a number of at least 1, or {n_groups} of them, one a group, not {n_latents!r}")
     return sizes
 
 

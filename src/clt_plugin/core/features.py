@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clt_plugin.core.store import streamed_product
+
 SPARSE_BELOW = 0.06
 """The density under which the sparse decode is the faster one: see ``benchmarks/decode.py``."""
 
@@ -176,5 +178,5 @@ def decode_dense_group(acts: Tensor, weight: Tensor | None, read_rows: ReadRows,
     else:
         sparse = path == "sparse"
     if not sparse:
-        return acts @ (read_rows(None) if weight is None else weight)
+        return streamed_product(acts, lambda: read_rows(None)) if weight is None else acts @ weight
     return _Decode.apply(acts, weight, read_rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from clt_plugin.core.errors import RegistryError
 
@@ -50,3 +50,7 @@ class Registry(Generic[T]):
     def values(self) -> list[T]:
         """Return what is registered, in the order of registration."""
         return list(self._entries.values())
+
+
+FORMATS: Registry[Any] = Registry("format")
+"""On-disk formats by name; `clt_plugin.formats` fills it."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from clt_plugin.core.errors import FormatError
 KINDS = ("W_enc", "W_dec", "W_skip")
 
 
+@runtime_checkable
 class Store(Protocol):
     """Weights behind one call."""
 
@@ -56,7 +57,8 @@ class Piece:
         key: The tensor's name in it.
         shape: What the whole tensor must be, checked against the file's header when the store opens.
         latents_last: Whether the stored tensor has its latents on the last axis, (d, F), not the first.
-        columns: Which entries of the second axis to take; None for all.
+        columns: Which entries to take of the axis beside the latents' (the first one if they are last, else the
+            second); None for all.
     """
 
     path: str
@@ -131,9 +133,9 @@ def read_piece(piece: Piece, rows: Tensor | None = None) -> Tensor:
 
 def _sliced(stored: Any, piece: Piece, rows: Tensor | None) -> Tensor:
     """Slice rows and columns out of a stored tensor and flatten it to (latents, columns)."""
-    if piece.latents_last:
-        return stored[:, :].T if rows is None else stored[:, _index(rows)].T
     columns = slice(*piece.columns) if piece.columns else slice(None)
+    if piece.latents_last:
+        return stored[columns, :].T if rows is None else stored[:, _index(rows)][columns].T
     if rows is None:
         tensor = stored[:, columns]
     elif piece.columns:
@@ -161,6 +163,11 @@ class _StreamedProduct(torch.autograd.Function):
         return _StreamedProduct.apply(grad, lambda: ctx.read().T), None
 
 
+def streamed_product(x: Tensor, read: Callable[[], Tensor]) -> Tensor:
+    """Return ``x @ read()``, (..., out), without keeping the (in, out) weight: a backward pass reads it again."""
+    return _StreamedProduct.apply(x, read)
+
+
 def product(x: Tensor, store: Store, kind: str, group: int) -> Tensor:
     """Return x @ weights for ``W_enc`` (its latents last) or ``W_dec``; lazily read weights are not kept.
 
@@ -174,4 +181,4 @@ def product(x: Tensor, store: Store, kind: str, group: int) -> Tensor:
         read = lambda: store.get(kind, group).T  # noqa: E731
     else:
         read = lambda: store.get(kind, group)  # noqa: E731
-    return _StreamedProduct.apply(x, read) if store.lazy else x @ read()
+    return streamed_product(x, read) if store.lazy else x @ read()

@@ -8,7 +8,7 @@ adds the widths and says which rows or columns of a group's weights belong to wh
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -91,17 +91,17 @@ class Wiring:
         reads: For each group, the sites it reads, in the order of the encoder's rows.
         writes: For each group, the sites it writes, in the order of the decoder's columns.
         skips: Pairs (read site, write site) joined by an affine skip connection.
-        name: What the wiring is called, for people.
+        name: What the wiring is called, for people; two wirings with other names are equal.
     """
 
     reads: tuple[tuple[Site, ...], ...]
     writes: tuple[tuple[Site, ...], ...]
     skips: tuple[tuple[Site, Site], ...] = ()
-    name: str = "wiring"
+    name: str = field(default="wiring", compare=False)
 
     def __post_init__(self) -> None:
-        for field in ("reads", "writes"):
-            object.__setattr__(self, field, tuple(tuple(sites) for sites in getattr(self, field)))
+        for verb in ("reads", "writes"):
+            object.__setattr__(self, verb, tuple(tuple(sites) for sites in getattr(self, verb)))
         object.__setattr__(self, "skips", tuple((read, write) for read, write in self.skips))
         if not self.reads:
             raise WiringError("a wiring needs at least one group of latents")

@@ -1,0 +1,179 @@
+"""One crosscoder in one run of a model: what it has read, what its features say, what it writes.
+
+Both adapters drive this one engine. An adapter says when a site is read and when an MLP's output is due, and
+passes each value through its library's points by way of ``visit``; the arithmetic is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clt_plugin.core.crosscoder import Crosscoder
+from clt_plugin.core.errors import AttachError
+from clt_plugin.core.wiring import SITE_NAMES, Site, Wiring
+
+POINTS = ("enc_in", "pre_acts", "features", "recon", "error")
+"""What a crosscoder shows at each layer, in the order in which a forward pass reaches it."""
+
+Visit = Callable[[str, Tensor], Tensor]
+"""Pass a point's value through the library: the value after every user's hook on it."""
+
+_MLP_DUE = SITE_NAMES.index("mlp_out_before_norm")
+
+
+def encoded_at_mlp(wiring: Wiring, group: int) -> bool:
+    """Whether a group has read all it reads once its home layer's MLP is about to run."""
+    last = max(wiring.reads[group], key=lambda site: site.order)
+    return SITE_NAMES.index(last.name) < _MLP_DUE
+
+
+def group_labels(wiring: Wiring) -> tuple[str, ...]:
+    """Name each group by the layer it is at home in; where several are, the later ones ``3_1``, ``3_2`` and so on."""
+    labels: list[str] = []
+    for group, home in enumerate(wiring.home):
+        earlier = wiring.home[:group].count(home)
+        labels.append(f"{home}_{earlier}" if earlier else str(home))
+    return tuple(labels)
+
+
+def point_labels(wiring: Wiring) -> tuple[str, ...]:
+    """Name every place that has points: the groups, and the layers that are written."""
+    written = [str(site.layer) for site in wiring.write_sites]
+    labels = dict.fromkeys((*group_labels(wiring), *written))
+    return tuple(sorted(labels, key=lambda label: [int(part) for part in label.split("_")]))
+
+
+class Run:
+    """The state of one crosscoder in one forward pass, renewed by `begin`.
+
+    Args:
+        crosscoder: What is attached.
+        mode: ``"replace"``, ``"replace_with_error"`` or ``"observe"``.
+    """
+
+    def __init__(self, crosscoder: Crosscoder, mode: str) -> None:
+        self.crosscoder = crosscoder
+        self.mode = mode
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything: nothing of a forward pass outlives it."""
+        self.inputs: dict[Site, Tensor] = {}
+        self.encoded: set[int] = set()
+        # Decoded so far for each site still to be written, from edited features, and from edits alone.
+        self.decoded: dict[Site, Tensor] = {}
+        self.edits: dict[Site, Tensor] = {}
+        self.excluded: Tensor | None = None
+
+    def begin(self, excluded: Tensor | None) -> None:
+        """Start a forward pass.
+
+        Args:
+            excluded: Positions outside what the crosscoder was trained on, (batch, position), or None.
+        """
+        self.clear()
+        self.excluded = excluded
+
+    def read(self, site: Site, value: Tensor) -> None:
+        """Take what a site holds, (batch, position, d); a block entered twice in a pass counts once."""
+        width = self.crosscoder.layout.width[site]
+        if value.shape[-1] != width:
+            raise AttachError(f"{site} has width {value.shape[-1]} in the model, but {width} in the crosscoder")
+        self.inputs.setdefault(site, value)
+
+    def encode(self, group: int, visit: Visit) -> None:
+        """Encode a group whose sites were read; one whose layer was skipped stays silent, as if inactive."""
+        crosscoder, reads = self.crosscoder, self.crosscoder.wiring.reads[group]
+        if group in self.encoded or any(site not in self.inputs for site in reads):
+            return
+        self.encoded.add(group)
+        parts = [self.inputs[site] for site in reads]
+        x = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+        # Points get copies: an edit in place must not reach into the residual stream, or into what is compared below.
+        x_seen = visit("enc_in", x.clone())
+        h = crosscoder.pre_activations(group, x_seen.to(crosscoder.device))
+        h_seen = visit("pre_acts", h.clone())
+        acts = self._activate(group, h_seen)
+        if self.mode == "replace_with_error":
+            natural = self._natural(group, x, x_seen, h, h_seen, acts)
+        # Some activation functions keep their output for the backward pass, which an edit in place would spoil.
+        acts = visit("features", acts.clone() if acts.requires_grad else acts)
+        if self.mode == "observe":
+            return
+        _accumulate(self.decoded, crosscoder.decode_group(group, acts))
+        if self.mode == "replace_with_error":
+            change = acts.detach() - natural
+            if bool(change.count_nonzero()):
+                with torch.no_grad():
+                    _accumulate(self.edits, crosscoder.decode_group(group, change))
+
+    @torch.no_grad()
+    def _natural(self, group: int, x: Tensor, x_seen: Tensor, h: Tensor, h_seen: Tensor, acts: Tensor) -> Tensor:
+        """Return the activations that no edit has touched, (..., F), computed again only where one has."""
+        if not torch.equal(x, x_seen):
+            return self._activate(group, self.crosscoder.pre_activations(group, x.to(self.crosscoder.device)))
+        if not torch.equal(h, h_seen):
+            return self._activate(group, h)
+        return acts.clone()
+
+    @property
+    def keeps_some_outputs(self) -> bool:
+        """Whether the model's own MLP outputs are needed in this pass."""
+        return self.mode == "replace_with_error" or self.excluded is not None
+
+    def ready(self, site: Site) -> bool:
+        """Whether anything is to be written at a site: not where all that would write it was skipped."""
+        return self.mode != "observe" and bool(self.inputs)
+
+    def output(self, site: Site, like: Tensor, visit: Visit, true: Tensor | None = None) -> Tensor:
+        """Return what takes the place of an MLP's output.
+
+        Args:
+            site: The written site.
+            like: A tensor of the output's shape, dtype and device.
+            visit: Passes points through the library.
+            true: The model's own output, (batch, position, d); needed where `keeps_some_outputs`.
+
+        Returns:
+            (batch, position, d), in the dtype and on the device of ``like``.
+        """
+        y = self._reconstruction(site, like)
+        if self.mode == "replace_with_error":
+            # In float32 at least: then the two cancel, and without an edit the output is the model's own.
+            wide = torch.promote_types(y.dtype, torch.float32)
+            with torch.no_grad():
+                natural = y - self.edits.pop(site) if site in self.edits else y
+                error = true.to(y.device, wide) - natural.to(wide)
+            y = visit("recon", y) + visit("error", error)
+        else:
+            y = visit("recon", y)
+        y = y.to(device=like.device, dtype=like.dtype)
+        if self.mode == "replace" and self.excluded is not None:
+            y = torch.where(self.excluded.to(like.device)[..., None], true, y)
+        return y
+
+    def _reconstruction(self, site: Site, like: Tensor) -> Tensor:
+        """Return the bias, the skip and what groups have decoded so far for a site, (batch, position, d)."""
+        crosscoder = self.crosscoder
+        y = crosscoder.bias(site).expand(*like.shape[:-1], -1).clone()
+        if site in self.decoded:
+            y = y + self.decoded.pop(site)
+        # As with features, what a skipped layer would have read counts for nothing.
+        reads = [read for read, write in crosscoder.wiring.skips if write == site and read in self.inputs]
+        if reads:
+            y = y + crosscoder.skip(site, {reads[0]: self.inputs[reads[0]].to(crosscoder.device)})
+        return y
+
+    def _activate(self, group: int, h: Tensor) -> Tensor:
+        acts = self.crosscoder.activate(group, h)
+        if self.excluded is None:
+            return acts
+        return acts.masked_fill(self.excluded.to(acts.device)[..., None], 0)
+
+
+def _accumulate(total: dict[Site, Tensor], parts: dict[Site, Tensor]) -> None:
+    for site, part in parts.items():
+        total[site] = total[site] + part if site in total else part

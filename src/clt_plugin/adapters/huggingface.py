@@ -1,0 +1,167 @@
+"""The plain torch model inside either library's object: what it is, and whether a crosscoder fits it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clt_plugin.adapters.sites import Architecture, architecture_of, check_sites, is_parallel
+from clt_plugin.core.crosscoder import Crosscoder
+from clt_plugin.core.errors import AttachError
+
+MODES = ("replace", "replace_with_error", "observe")
+
+
+@dataclass(frozen=True)
+class HostModel:
+    """What a crosscoder needs to know of a Hugging Face model.
+
+    Attributes:
+        architecture: The family's row in the table of sites.
+        parallel: Whether its blocks run attention and MLP side by side.
+        blocks: The path of the list of blocks.
+        n_layers: How many there are.
+        d_model: The width of the residual stream.
+        name: The model's name, or "" where it has none.
+    """
+
+    architecture: Architecture
+    parallel: bool
+    blocks: str
+    n_layers: int
+    d_model: int
+    name: str
+
+    @property
+    def backbone(self) -> str:
+        """The path of the module that runs the blocks; "" for the model itself."""
+        return self.blocks.rpartition(".")[0]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> HostModel:
+        """Describe a model of a supported family; refuse any other."""
+        config = getattr(model, "config", None)
+        if config is None:
+            raise AttachError(f"{type(model).__name__} has no config: crosscoders attach to transformers models")
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        row = architecture_of(text)
+        for path in row.blocks:
+            try:
+                n_layers = len(model.get_submodule(path))
+            except AttributeError:
+                continue
+            name = str(getattr(config, "name_or_path", "") or "")
+            return cls(row, is_parallel(row, text), path, n_layers, text.hidden_size, name)
+        raise AttachError(f"{type(model).__name__} keeps its blocks at none of {', '.join(row.blocks)}")
+
+
+def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str) -> HostModel:
+    """Refuse a crosscoder that does not fit a model, or cannot be attached in a mode; warn of another name.
+
+    Args:
+        crosscoder: What is to be attached.
+        model: The Hugging Face model.
+        mode: One of `MODES`.
+    """
+    if not isinstance(crosscoder, Crosscoder):
+        kind = type(crosscoder).__name__
+        raise AttachError(f"add_clt takes a Crosscoder, a folder or an hf:// reference, not {kind}")
+    if mode not in MODES:
+        raise AttachError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+    host = HostModel.of(model)
+    _check_dimensions(crosscoder, host)
+    sites = crosscoder.sites
+    check_sites(host.architecture, host.parallel, [site.name for site in (*sites.read, *sites.write)])
+    _check_mode(crosscoder, mode)
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise AttachError(
+            "gradient checkpointing runs each block twice, and a crosscoder would read both runs: call "
+            "model.gradient_checkpointing_disable() first"
+        )
+    wanted = crosscoder.host.model_name
+    if wanted and host.name and _stem(wanted) != _stem(host.name):
+        warnings.warn(
+            f"this crosscoder was trained for {wanted}, but the model is {host.name}: the dimensions fit, the "
+            "features may mean nothing",
+            stacklevel=4,
+        )
+    return host
+
+
+def _check_dimensions(crosscoder: Crosscoder, host: HostModel) -> None:
+    wiring = crosscoder.wiring
+    if len(wiring.models) > 1:
+        models = ", ".join(wiring.models)
+        raise AttachError(f"this crosscoder spans the models {models}: encode their activations instead")
+    wanted = crosscoder.host.n_layers
+    if wanted is None and wiring.writes_mlps_only and not crosscoder.is_partial:
+        wanted = wiring.layers[-1] + 1
+    if wanted is not None and wanted != host.n_layers:
+        raise AttachError(f"this crosscoder is for a model of {wanted} layers, but the model has {host.n_layers}")
+    if wiring.layers[-1] >= host.n_layers:
+        last = wiring.layers[-1]
+        raise AttachError(f"this crosscoder uses layer {last}, but the model has layers 0-{host.n_layers - 1}")
+    for site, width in crosscoder.layout.widths:
+        if width != host.d_model:
+            raise AttachError(f"this crosscoder has width {width} at {site}, but the model's d_model is {host.d_model}")
+
+
+def _check_mode(crosscoder: Crosscoder, mode: str) -> None:
+    activation = crosscoder.activation
+    if activation.has_batch_threshold:
+        unmeasured = crosscoder.training or any(bool(t.isnan()) for t in crosscoder.threshold)
+        if unmeasured:
+            raise AttachError(
+                "in training mode, or before its threshold is measured, BatchTopK selects over the whole batch: call "
+                "estimate_threshold(x) on typical inputs and eval() first"
+            )
+    elif activation.joint:
+        raise AttachError(
+            f"{activation} selects over all layers together, which a forward pass reaches one by one: a jointly "
+            "selected TopK needs a per-token threshold; use encode() on recorded activations"
+        )
+    if mode == "observe":
+        return
+    reason = crosscoder.wiring.why_not_replace()
+    if reason:
+        raise AttachError(f"this crosscoder can only be attached with mode='observe': {reason}")
+    if mode == "replace" and crosscoder.is_partial:
+        raise AttachError(
+            "this crosscoder is a selection of layers or features, whose reconstruction is not the whole's: use "
+            "mode='replace_with_error', where edits are exact, or mode='observe'"
+        )
+
+
+def _stem(name: str) -> str:
+    """Return a model's own name: without its owner or folder, and in lower case."""
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def excluded_positions(first: int, arguments: dict[str, Any], shape: tuple[int, ...]) -> Tensor | None:
+    """Return which positions of a forward pass are among the first ones, (batch, position), or None where none is.
+
+    Padding does not count: the first positions are the first that the attention mask keeps.
+
+    Args:
+        first: How many first positions are excluded.
+        arguments: The backbone's keyword arguments: its attention mask and cache are looked at.
+        shape: (batch, position) of this pass.
+    """
+    if not first:
+        return None
+    cache = arguments.get("past_key_values")
+    past = cache.get_seq_length() if cache is not None else 0
+    mask = arguments.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        index = torch.arange(past, past + shape[1]).expand(shape)
+        excluded = index < first
+    else:
+        real = mask.bool()
+        excluded = (real & (real.cumsum(-1) <= first))[:, -shape[1] :]
+        if excluded.shape[0] != shape[0]:
+            excluded = excluded.expand(shape)
+    return excluded if bool(excluded.any()) else None
