@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clt_plugin.adapters.sites import Architecture, architecture_of, check_sites, is_parallel
@@ -155,13 +156,25 @@ def excluded_positions(first: int, arguments: dict[str, Any], shape: tuple[int, 
         return None
     cache = arguments.get("past_key_values")
     past = cache.get_seq_length() if cache is not None else 0
-    mask = arguments.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        index = torch.arange(past, past + shape[1]).expand(shape)
-        excluded = index < first
-    else:
-        real = mask.bool()
-        excluded = (real & (real.cumsum(-1) <= first))[:, -shape[1] :]
-        if excluded.shape[0] != shape[0]:
-            excluded = excluded.expand(shape)
+    seen = past + shape[1]
+    kept = _kept_positions(arguments.get("attention_mask"))
+    if kept is None:
+        kept = torch.ones(shape[0], seen, dtype=torch.bool)
+    elif kept.shape[1] < seen:
+        # Masks over a sliding window forget the text's beginning, which is not excluded in any case by then.
+        kept = F.pad(kept, (seen - kept.shape[1], 0), value=True)
+    excluded = (kept & (kept.cumsum(-1) <= first))[:, past:seen].expand(shape)
     return excluded if bool(excluded.any()) else None
+
+
+def _kept_positions(mask: Any) -> Tensor | None:
+    """Return which positions an attention mask keeps, (batch, keys); None where it says nothing of padding."""
+    if isinstance(mask, dict):
+        # One a kind of attention, as a multimodal model hands them on to its text model.
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.ndim == 4:
+        # What each query may see, (batch, heads, queries, keys), as booleans or as 0 among very negative numbers.
+        return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(-2)
+    return mask.bool()

@@ -62,6 +62,12 @@ class CLTEnvoy(Envoy):
     """The envoy of the points.
 
     It travels by recipe, not by module path: a remote model has no module at that path.
+
+    Attributes:
+        mode: As for `add_clt`.
+        written: The layers whose MLP outputs it writes.
+        rows: The rows of the batch that it concerns, as nnsight notes them; None for all.
+        stored: The edit that starts its workers; None where it acts in one run alone.
     """
 
     def __reduce__(self) -> Any:
@@ -70,7 +76,7 @@ class CLTEnvoy(Envoy):
 
 def _envoy(interleaver: Any, path: str, labels: tuple[str, ...], mode: str, written: tuple[int, ...]) -> CLTEnvoy:
     envoy = CLTEnvoy(Points(labels), path=path, interleaver=interleaver)
-    envoy.mode, envoy.written, envoy.edit = mode, written, None
+    envoy.mode, envoy.written, envoy.rows, envoy.stored = mode, written, None, None
     return envoy
 
 
@@ -120,8 +126,9 @@ def add_clt(
             "in the body of a trace() without an input there is no run yet: call add_clt before the trace, or as the "
             "first line of an invoke's body"
         )
-    _check_room(model, clt, mode, name)
-    envoy = _mount(model, clt, mode, name)
+    rows = None if worker is None else worker.batch_group
+    _check_room(model, clt, mode, name, rows)
+    envoy = _mount(model, clt, mode, name, rows)
     if worker is None:
         try:
             # This block is stored, and replayed at the start of every run.
@@ -130,23 +137,23 @@ def add_clt(
         except BaseException:
             _unmount(model, envoy, name)
             raise
-        envoy.edit = model._edits[-1]
+        envoy.stored = model._edits[-1]
     else:
         _start(lambda: _until_the_end(lambda: _unmount(model, envoy, name)), model, None, first=False)
-        drive(model, clt, mode, envoy, host, worker.batch_group)
+        drive(model, clt, mode, envoy, host, rows)
 
     def detach() -> None:
-        if envoy.edit in model._edits:
-            model._edits.remove(envoy.edit)
+        if envoy.stored in model._edits:
+            model._edits.remove(envoy.stored)
         _unmount(model, envoy, name)
 
     return Handle(clt, name, mode, envoy.layers, detach if worker is None else None)
 
 
-def _check_room(model: Envoy, clt: Crosscoder, mode: str, name: str) -> None:
-    """Refuse a name that is taken, or a layer that another crosscoder replaces already."""
+def _check_room(model: Envoy, clt: Crosscoder, mode: str, name: str, rows: Any) -> None:
+    """Refuse a name that is taken, or a layer that another crosscoder replaces already in the same rows."""
     for child in list(model._children):
-        if isinstance(child, CLTEnvoy) and child.edit is not None and child.edit not in model._edits:
+        if isinstance(child, CLTEnvoy) and child.stored is not None and child.stored not in model._edits:
             _unmount(model, child, child.path.rpartition(".")[2])  # left over by model.clear_edits()
     if not name.isidentifier() or name.startswith("_"):
         raise AttachError(f"the name {name!r} cannot be an attribute: choose a plain identifier")
@@ -156,8 +163,11 @@ def _check_room(model: Envoy, clt: Crosscoder, mode: str, name: str) -> None:
         return
     written = {site.layer for site in clt.wiring.write_sites}
     for child in model._children:
-        if isinstance(child, CLTEnvoy) and child.mode != "observe" and written & set(child.written):
-            taken = sorted(written & set(child.written))
+        if not isinstance(child, CLTEnvoy) or child.mode == "observe":
+            continue
+        taken = sorted(written & set(child.written))
+        # Two invokes of one trace have different rows, and None stands for all of them.
+        if taken and (None in (rows, child.rows) or rows == child.rows):
             raise AttachError(
                 f"{child.path.rpartition('.')[2]!r} writes the MLP outputs of layers {taken} already: remove it, or "
                 "attach one of the two with mode='observe'"
@@ -322,10 +332,11 @@ def _collecting_invokes() -> bool:
     return False
 
 
-def _mount(model: Envoy, clt: Crosscoder, mode: str, name: str) -> CLTEnvoy:
+def _mount(model: Envoy, clt: Crosscoder, mode: str, name: str, rows: Any) -> CLTEnvoy:
     """Hang an envoy of the points into the model's tree of envoys; its tree of modules stays as it is."""
     written = tuple(sorted({site.layer for site in clt.wiring.write_sites}))
     envoy = _envoy(model.interleaver, f"{model.path}.{name}", point_labels(clt.wiring), mode, written)
+    envoy.rows = rows
     model._children.append(envoy)
     object.__setattr__(model, name, envoy)
     return envoy

@@ -31,6 +31,11 @@ class Registry(Generic[T]):
         self._entries[name] = entry
         return entry
 
+    def remove(self, name: str) -> None:
+        """Forget a name."""
+        self[name]
+        del self._entries[name]
+
     def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that does the same."""
         return lambda entry: self.add(name, entry)

@@ -99,7 +99,7 @@ class CircuitTracer:
         read, write = crosscoder.sites.read_name, crosscoder.sites.write_name
         _check_fits(crosscoder, read, write)
         activation, host = crosscoder.activation, crosscoder.host
-        own = {"exclude_first": host.exclude_first, "model_revision": host.model_revision}
+        own: dict[str, Any] = {"exclude_first": host.exclude_first, "model_revision": host.model_revision}
         if isinstance(activation, JumpReLU):
             own["bandwidth"] = activation.bandwidth
         config = {
@@ -139,12 +139,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _count_layers(folder: Path) -> int:
-    """Count the layers by both kinds of file; a gap in either is a missing shard."""
+    """Count the layers by both kinds of file, and by what the first decoder writes: a gap is a missing shard."""
     found: dict[str, set[int]] = {"W_enc": set(), "W_dec": set()}
     for path in folder.glob("W_*.safetensors"):
         if match := re.fullmatch(r"(W_enc|W_dec)_(\d+)\.safetensors", path.name):
             found[match[1]].add(int(match[2]))
     n_layers = max(found["W_enc"] | found["W_dec"]) + 1
+    if 0 in found["W_dec"]:
+        shape, _ = read_header(folder / "W_dec_0.safetensors").get("W_dec_0", ((), None))
+        n_layers = max(n_layers, shape[1]) if len(shape) == 3 else n_layers
     for name, layers in found.items():
         missing = sorted(set(range(n_layers)) - layers)
         if missing:
@@ -169,6 +172,8 @@ def _check_fits(crosscoder: Crosscoder, read: str, write: str) -> None:
         reason = f"its wiring is {wiring.name}" + (" with affine skips" if wiring.skips else "")
     elif not isinstance(crosscoder.activation, ReLU | JumpReLU):
         reason = f"its activation is {crosscoder.activation}"
+    elif crosscoder.host.n_layers not in (None, wiring.n_layers):
+        reason = f"it covers {wiring.n_layers} layers of a model of {crosscoder.host.n_layers}"
     elif crosscoder.is_partial:
         reason = "it is a selection of a larger one"
     if reason:

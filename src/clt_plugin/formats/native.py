@@ -61,6 +61,8 @@ class Native:
             sites = list(dict.fromkeys((*wiring.read_sites, *wiring.write_sites)))
             layout = Layout.of(wiring, dict(zip(sites, config["widths"], strict=True)))
             sizes = tuple(config["n_latents"])
+            if len(sizes) != wiring.n_groups:
+                raise ValueError(f"{wiring.n_groups} groups, but n_latents for {len(sizes)}")
             activation = Activation.make(**config["activation"])
             host = Host(**config["host"])
             extras = [key for key in ("threshold", "decoder_norms") if config[f"has_{key}"]]
@@ -107,7 +109,7 @@ class Native:
                     "W_dec": crosscoder.decoder_vectors(g),
                     "b_enc": crosscoder.b_enc[g],
                 }
-                if measured:
+                if threshold is not None and measured:
                     shard["threshold"] = threshold[g]
                 if norms is not None:
                     shard["decoder_norms"] = norms[g]

@@ -1,0 +1,39 @@
+"""Every Python block of the README and of the docs runs: a page's blocks are one program, from top to bottom."""
+
+import re
+import runpy
+import warnings
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def program(page: Path) -> str:
+    """Return a page's blocks as one program, each at the line where it stands in the page."""
+    text, lines = page.read_text(encoding="utf-8"), []
+    for match in BLOCK.finditer(text):
+        start = text.count("\n", 0, match.start(1))
+        lines += [""] * (start - len(lines)) + match[1].splitlines()
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text(encoding="utf-8"))], ids=lambda p: p.stem)
+def test_blocks_run(page, tmp_path, monkeypatch):
+    # A file, since nnsight reads the source of a trace's body.
+    script = tmp_path / f"{page.stem.replace('-', '_')}.py"
+    script.write_text(program(page), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runpy.run_path(str(script))
+
+
+def test_a_block_that_fails_is_noticed(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n```python\nx = 1\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError):
+        test_blocks_run(page, tmp_path, monkeypatch)

@@ -1,0 +1,257 @@
+"""Damaged folders: one clear error that names the file, nothing half-loaded; and writing that is whole or not at all."""
+
+import json
+import os
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import clt_plugin as cp
+from clt_plugin.formats import _files
+
+FORMATS = ["native", "circuit-tracer"]
+SHARDS = {"native": "group_1.safetensors", "circuit-tracer": "W_enc_1.safetensors"}
+
+
+@pytest.fixture(params=FORMATS)
+def saved(request, tmp_path):
+    folder = tmp_path / "saved"
+    clt = cp.Crosscoder(cp.Wiring.clt(3, read="resid_mid"), 4, 6, "jumprelu")
+    clt.save(folder, format=request.param)
+    return folder
+
+
+@pytest.fixture
+def shard(saved):
+    return next(path for name in SHARDS.values() if (path := saved / name).exists())
+
+
+def refused(folder, *words, lazy=(False, True)):
+    for choice in lazy:
+        with pytest.raises(cp.FormatError) as error:
+            cp.load(folder, lazy=choice)
+        for word in words:
+            assert word in str(error.value), str(error.value)
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def weight_key(tensors, start="W_enc"):
+    return next(key for key in tensors if key.startswith(start))
+
+
+def test_missing_shard(saved, shard):
+    shard.unlink()
+    refused(saved, shard.name, "missing")
+
+
+def test_empty_shard(saved, shard):
+    shard.write_bytes(b"")
+    refused(saved, shard.name, "empty")
+
+
+@pytest.mark.parametrize("keep", [0.97, 0.5, 0.01])
+def test_truncated_shard(saved, shard, keep):
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(len(content) * keep)])
+    refused(saved, shard.name, "truncated or damaged")
+
+
+def test_wrong_shape(saved, shard):
+    def change(tensors):
+        key = weight_key(tensors, "b_enc")
+        tensors[key] = tensors[key][:-1].clone()
+
+    rewrite(shard, change)
+    refused(saved, shard.name, "(5,)", "(6,)")
+
+
+def test_missing_tensor(saved, shard):
+    rewrite(shard, lambda tensors: tensors.pop(weight_key(tensors, "b_enc")))
+    refused(saved, shard.name, "no tensor b_enc")
+
+
+def test_unknown_tensor(saved, shard):
+    rewrite(shard, lambda tensors: tensors.update(extra=torch.zeros(2)))
+    refused(saved, shard.name, "extra", "does not know")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("start", ["W_enc", "b_enc", "threshold"])
+def test_not_finite(saved, shard, start, bad):
+    rewrite(shard, lambda tensors: tensors[weight_key(tensors, start)].view(-1)[-1:].fill_(bad))
+    refused(saved, shard.name, "not finite", lazy=[False])
+    if start != "W_enc":
+        refused(saved, shard.name, "not finite", lazy=[True])
+        return
+    lazy = cp.load(saved, lazy=True)  # weights are looked at when they are read
+    with pytest.raises(cp.FormatError, match=re.escape(shard.name)):
+        lazy.encode(torch.zeros(3, 2, 4))
+
+
+def test_mixed_dtypes(saved, shard):
+    rewrite(shard, lambda t: t.update({weight_key(t): t[weight_key(t)].half()}))
+    refused(saved, "mixes the dtypes", "dtype=")
+    assert cp.load(saved, dtype=torch.float32).dtype == torch.float32
+
+
+def test_integer_weights(saved, shard):
+    rewrite(shard, lambda t: t.update({weight_key(t): t[weight_key(t)].int()}))
+    refused(saved, shard.name, "not floats")
+
+
+def test_some_layers_without_threshold(tmp_path):
+    cp.Crosscoder(cp.Wiring.clt(2), 4, 6, "jumprelu").save(tmp_path / "x", format="circuit-tracer")
+    rewrite(tmp_path / "x" / "W_enc_1.safetensors", lambda tensors: tensors.pop("threshold_1"))
+    refused(tmp_path / "x", "[1]", "no threshold")
+
+
+def test_missing_layers_at_the_end(tmp_path):
+    cp.Crosscoder(cp.Wiring.clt(3), 4, 6).save(tmp_path / "x", format="circuit-tracer")
+    for name in ("W_enc_2", "W_dec_2"):
+        (tmp_path / "x" / f"{name}.safetensors").unlink()
+    refused(tmp_path / "x", "W_enc_2.safetensors", "missing")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", ["config.json", "JSON"]),
+        ("[]", ["config.json", "object"]),
+        ('{"format": "something else"}', ["no known format", "native"]),
+    ],
+)
+def test_native_config_damaged(tmp_path, content, words):
+    cp.Crosscoder(cp.Wiring.clt(2), 4, 6).save(tmp_path / "x")
+    (tmp_path / "x" / "config.json").write_text(content)
+    refused(tmp_path / "x", *words)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("schema_version", 99, ["schema version 99", "update clt_plugin"]),
+        ("wiring", {"sites": []}, ["config.json", "wiring"]),
+        ("activation", {"activation": "sigmoid"}, ["config.json", "sigmoid"]),
+        ("n_latents", [6], ["config.json"]),
+        ("widths", [4], ["config.json"]),
+    ],
+)
+def test_native_config_wrong(tmp_path, key, value, words):
+    cp.Crosscoder(cp.Wiring.clt(2), 4, 6).save(tmp_path / "x")
+    path = tmp_path / "x" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    refused(tmp_path / "x", *words)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a: [", ["config.yaml", "YAML"]),
+        ("- 1", ["config.yaml", "mapping"]),
+        ("model_kind: transcoder_set", ["transcoder_set"]),
+        ("feature_input_hook: hook_nowhere", ["hook_nowhere", "hook_resid_mid"]),
+    ],
+)
+def test_circuit_tracer_config_wrong(tmp_path, content, words):
+    cp.Crosscoder(cp.Wiring.clt(2), 4, 6).save(tmp_path / "x", format="circuit-tracer")
+    (tmp_path / "x" / "config.yaml").write_text(content)
+    refused(tmp_path / "x", *words)
+
+
+def test_no_folder_and_no_format(tmp_path):
+    refused(tmp_path / "nowhere", "no folder nowhere", "hf://")
+    (tmp_path / "notes.txt").write_text("hello")
+    refused(tmp_path, "no known format", "notes.txt")
+
+
+# ---------------------------------------------------------------- writing
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()} if folder.exists() else None
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failed_save_leaves_what_was_there(tmp_path, monkeypatch, format, existing):
+    clt = cp.Crosscoder(cp.Wiring.clt(3, read="resid_mid"), 4, 6)
+    folder = tmp_path / "x"
+    if existing:
+        clt.save(folder, format=format)
+    before, calls = snapshot(folder), []
+
+    def full_disk(tensors, path):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(_files, "save_file", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        clt.save(folder, format=format, overwrite=True)
+    assert len(calls) == 3
+    assert snapshot(folder) == before
+    assert os.listdir(tmp_path) == (["x"] if existing else [])
+
+
+def test_a_failed_swap_leaves_what_was_there(tmp_path, monkeypatch):
+    clt = cp.Crosscoder(cp.Wiring.clt(2), 4, 6)
+    clt.save(tmp_path / "x")
+    before = snapshot(tmp_path / "x")
+    rename = _files.Path.rename
+
+    def failing(self, target):
+        if self.suffix == ".partial":
+            raise OSError("the disk went away")
+        return rename(self, target)
+
+    monkeypatch.setattr(_files.Path, "rename", failing)
+    with pytest.raises(OSError, match="went away"):
+        clt.save(tmp_path / "x", overwrite=True)
+    assert snapshot(tmp_path / "x") == before
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_nothing_is_overwritten_unasked(tmp_path):
+    clt = cp.Crosscoder(cp.Wiring.clt(2), 4, 6)
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        clt.save(tmp_path)
+    assert os.listdir(tmp_path) == ["thesis.tex"]
+    with pytest.raises(FileExistsError, match="is a file"):
+        clt.save(tmp_path / "thesis.tex")
+    (tmp_path / "empty").mkdir()
+    clt.save(tmp_path / "empty")
+    assert cp.load(tmp_path / "empty").n_layers == 2
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    clt = cp.Crosscoder(cp.Wiring.clt(2), 4, 6)
+    clt.W_dec[1].data[0, 0] = float("nan")
+    with pytest.raises(cp.FormatError, match="W_dec"):
+        clt.save(tmp_path / "x")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: cp.Crosscoder(cp.Wiring.plt(2), 4, 6), "wiring is plt"),
+        (lambda: cp.Crosscoder(cp.Wiring.clt(2).with_skips(), 4, 6), "affine skips"),
+        (lambda: cp.Crosscoder(cp.Wiring.clt(2), 4, 6, "topk", k=2), "TopK"),
+        (lambda: cp.Crosscoder(cp.Wiring.acausal([0, 1]), 4, 6), "resid_post"),
+        (lambda: cp.Crosscoder(cp.Wiring.clt(2), 4, 6, host=cp.Host(n_layers=9)), "2 layers of a model of 9"),
+        (lambda: cp.Crosscoder(cp.Wiring.clt(2), 4, 6).select(features={0: [1]}), "selection"),
+    ],
+)
+def test_what_circuit_tracer_cannot_hold(tmp_path, make, reason):
+    with pytest.raises(cp.FormatError, match=reason):
+        make().save(tmp_path / "x", format="circuit-tracer")
+    assert os.listdir(tmp_path) == []
