@@ -29,7 +29,7 @@ N_LAYERS, D_MODEL, N_LATENTS, N_TOKENS, L0 = 12, 768, 4096, 64, 50
 DENSITIES = (0.005, 0.0122, 0.025, 0.035, 0.05, 0.075, 0.1, 0.2)
 # (tokens, written width): a prompt and a batch, the shortest and the longest decoder.
 SHAPES = ((16, 768), (64, 768), (64, 9216), (256, 768), (256, 4608), (1024, 768))
-QUICK_SHAPES = ((64, 768), (64, 4608))
+QUICK_DENSITIES, QUICK_SHAPES = (0.0122, 0.025, 0.05, 0.1), ((64, 768), (64, 4608))
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
@@ -97,7 +97,7 @@ def whole_clt(console: Console, repeats: int) -> None:
     work = {"dense": (sum(2 * N_TOKENS * N_LATENTS * w for w in widths), whole), "sparse": (flops, read)}
 
     title = f"CLT decode: {N_LAYERS} layers, d {D_MODEL}, {N_LATENTS} latents, {N_TOKENS} tokens, L0 {L0} a layer"
-    table = Table(title=title, caption=f"float32, {torch.get_num_threads()} threads, largest difference {error:.1e}")
+    table = Table(title=title, caption=f"float32, {torch.get_num_threads()} thread(s), largest difference {error:.1e}")
     for column in ("", "CPU ms", "wall ms", "CPU ratio", "wall ratio", "GFLOP", "MB of decoder", "CPU GFLOP/s"):
         table.add_column(column, justify="left" if not column else "right")
     base = times["dense einsum"]
@@ -128,21 +128,20 @@ def crossover(ratios: dict[float, float]) -> str:
     return f"> {density:.2f}"
 
 
-def sweep(console: Console, shapes: tuple[tuple[int, int], ...], repeats: int, n_threads: int) -> None:
+def sweep(console: Console, shapes: tuple[tuple[int, int], ...], densities: tuple[float, ...], repeats: int) -> None:
     """Time one group's decode over densities: how many times as long as the sparse path the dense one takes."""
-    torch.set_num_threads(n_threads)
     table = Table(
-        title=f"CPU time of dense / sparse, {n_threads} thread(s), {N_LATENTS} latents",
+        title=f"CPU time of dense / sparse, {torch.get_num_threads()} thread(s), {N_LATENTS} latents",
         caption=f"SPARSE_BELOW is {features.SPARSE_BELOW}",
     )
-    for column in ("tokens", "width", "pass", *(f"{density:.1%}" for density in DENSITIES), "equal at"):
+    for column in ("tokens", "width", "pass", *(f"{density:.1%}" for density in densities), "equal at"):
         table.add_column(column, justify="right")
     for n_tokens, width in shapes:
         weight = torch.randn(N_LATENTS, width)
         upstream = torch.randn(n_tokens, width)
         for name, train in (("forward", False), ("and backward", True)):
             ratios = {}
-            for density in DENSITIES:
+            for density in densities:
                 acts = sparse_acts(n_tokens, N_LATENTS, max(1, round(density * N_LATENTS)))
 
                 def decode(path: str, acts=acts, weight=weight, upstream=upstream, train=train) -> None:
@@ -169,7 +168,10 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     console = Console(width=140)
     whole_clt(console, repeats=5 if options.quick else 11)
-    sweep(console, QUICK_SHAPES if options.quick else SHAPES, 3 if options.quick else 5, options.threads)
+    if options.quick:
+        sweep(console, QUICK_SHAPES, QUICK_DENSITIES, repeats=3)
+    else:
+        sweep(console, SHAPES, DENSITIES, repeats=5)
 
 
 if __name__ == "__main__":

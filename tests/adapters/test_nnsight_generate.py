@@ -25,8 +25,7 @@ def assert_steps(seen: list[dict[int, Tensor]], runs: list[dict], rows: slice = 
             assert_close(acts[layer], expected if step == 0 else expected[:, -1:], f"step {step}, layer {layer}")
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+@pytest.mark.parametrize(("family", "mode"), [*(("gpt2", mode) for mode in MODES), ("gemma2", "replace")])
 def test_every_step_is_replaced_and_readable(family: str, mode: str) -> None:
     clt, model, ids = make_clt(), nnsight_model(family), token_ids()
     runs = reference_greedy(make_model(family), ids, clt, mode, STEPS)
@@ -182,8 +181,7 @@ def test_the_first_line_of_one_invoke(family: str) -> None:
     before.assert_unchanged()
 
 
-@pytest.mark.parametrize("mode", ["replace", "replace_with_error"])
-@pytest.mark.parametrize("where", ["before", "first line"])
+@pytest.mark.parametrize(("mode", "where"), [("replace", "before"), ("replace_with_error", "first line")])
 def test_beams(mode: str, where: str) -> None:
     clt, model, ids = make_clt(), nnsight_model("gpt2"), token_ids(rows=1)
     settings = {"max_new_tokens": STEPS, "num_beams": 2, "do_sample": False}

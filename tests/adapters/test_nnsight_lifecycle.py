@@ -203,8 +203,7 @@ def test_a_whole_run_leaves_nothing_behind(mode: str, where: str, runs: list[wea
     assert_all_dead(runs)
 
 
-@pytest.mark.parametrize("where", ["before", "first line"])
-@pytest.mark.parametrize("mode", ["replace", "replace_with_error"])
+@pytest.mark.parametrize(("where", "mode"), [("before", "replace"), ("first line", "replace_with_error")])
 @pytest.mark.parametrize("stop_at", ["features", "recon", "block"])
 def test_a_stopped_trace_leaves_nothing_behind(stop_at: str, mode: str, where: str, runs: list[weakref.ref]) -> None:
     model, ids, clt = nnsight_model("gpt2"), token_ids(), make_clt()

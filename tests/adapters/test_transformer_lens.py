@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformer_lens.hook_points import HookPoint
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.utilities import get_act_name
 
 import clt_plugin as cp
@@ -33,9 +36,30 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
+shared_bridge = cache(bridge_model)
+
+
 @pytest.fixture
-def bridge():
-    return bridge_model("gpt2")
+def bridge_of(monkeypatch):
+    """A family's bridge, made once: what a test attaches to it or hooks is gone when the test ends."""
+    bridges, handles, attach = {}, [], TransformerBridge.add_clt
+
+    def add_clt(*args, **kwargs):
+        handles.append(attach(*args, **kwargs))
+        return handles[-1]
+
+    monkeypatch.setattr(TransformerBridge, "add_clt", add_clt)
+    yield lambda family: bridges.setdefault(family, shared_bridge(family))
+    for handle in handles:
+        handle.remove()
+    for bridge in bridges.values():
+        bridge.reset_hooks(including_permanent=True)
+        bridge.original_model.requires_grad_(False).zero_grad()
+
+
+@pytest.fixture
+def bridge(bridge_of):
+    return bridge_of("gpt2")
 
 
 @pytest.fixture
@@ -106,7 +130,7 @@ def test_cached_slices_and_single_prompts(bridge, hf):
     bridge.add_clt(clt)
     expected = reference_run(hf, IDS[:1], clt)["features"][1]
     _, seen = bridge.run_with_cache(IDS[:1], names_filter=NAME, pos_slice=-1, remove_batch_dim=True)
-    assert_close(seen[NAME], expected[0, -1], **CLOSE)
+    assert_close(seen[NAME], expected[0, -1:], **CLOSE)
     text = make_tokenizer().decode(IDS[0, 1:])
     _, seen = bridge.run_with_cache(text, names_filter=NAME)
     assert_close(seen[NAME], expected, **CLOSE)
@@ -160,39 +184,53 @@ def test_an_edit_of_features(bridge, hf, way, mode):
     assert_close(way(bridge, double_last), expected, **CLOSE)
 
 
-@pytest.mark.parametrize("mode", ["replace", "replace_with_error"])
-def test_edits_of_the_other_points(bridge, hf, mode):
-    """A constant added at a point is a bias changed there; an error taken away is a plain replacement."""
-    clt, shift = make_clt(), torch.linspace(-1, 1, 24)
-    bridge.add_clt(clt, mode=mode)
+SHIFT = torch.linspace(-1, 1, 24)
 
-    def added(name, by):
-        return bridge.run_with_hooks(IDS, fwd_hooks=[(f"blocks.1.clt.{name}", lambda value, hook: value + by)])
 
-    plain = reference_run(hf, IDS, clt, "replace")
-    for name, by, bias, change in [
-        ("hook_in", shift[:16], "b_enc", shift[:16] @ clt.W_enc[1]),
-        ("hook_pre", shift, "b_enc", shift),
-        ("hook_recon", shift[:16], "b_dec", shift[:16]),
-    ]:
-        other = make_clt()
-        getattr(other, bias)[1].data += change
-        expected = reference_run(hf, IDS, other, "replace")["logits"]
-        if mode == "replace_with_error":
-            # With the error of the crosscoder as it is: what the change does, on top of the model's own output.
-            features = reference_run(hf, IDS, other, "observe")["features"]
-            expected = reference_run(
-                hf, IDS, clt, mode, lambda at, acts, features=features: features[1] if at == 1 else acts
-            )["logits"]
-        assert (expected - plain["logits"]).abs().max() > 0.01
-        if name == "hook_recon" and mode == "replace_with_error":
-            hook = blocks_of(hf)[1].mlp.register_forward_hook(lambda module, args, y: y + shift[:16])
-            expected = hf(IDS).logits
-            hook.remove()
-        assert_close(added(name, by), expected, **CLOSE)
-    if mode == "replace_with_error":
-        without = [(lambda name: name.endswith("hook_error"), lambda value, hook: value * 0)]
-        assert_close(bridge.run_with_hooks(IDS, fwd_hooks=without), plain["logits"], **CLOSE)
+def with_shift(bridge, point):
+    """Run with a constant added at a point of layer 1."""
+    width = 24 if point == "hook_pre" else 16
+    return bridge.run_with_hooks(IDS, fwd_hooks=[(f"blocks.1.clt.{point}", lambda x, hook: x + SHIFT[:width])])
+
+
+def shifted_clt(point):
+    """The crosscoder whose biases of layer 1 do the same."""
+    clt = make_clt()
+    if point == "hook_recon":
+        clt.b_dec[1].data += SHIFT[:16]
+    else:
+        clt.b_enc[1].data += SHIFT if point == "hook_pre" else SHIFT[:16] @ clt.W_enc[1]
+    return clt
+
+
+@pytest.mark.parametrize("point", ["hook_in", "hook_pre", "hook_recon"])
+def test_an_edit_of_another_point(bridge, hf, point):
+    bridge.add_clt(make_clt())
+    expected = reference_run(hf, IDS, shifted_clt(point))["logits"]
+    assert (expected - bridge(IDS)).abs().max() > 0.01
+    assert_close(with_shift(bridge, point), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("point", ["hook_in", "hook_pre", "hook_recon"])
+def test_an_edit_of_another_point_where_the_error_is_added_back(bridge, hf, point):
+    """The error is that of the crosscoder as it is, so that the change alone acts on the model's own output."""
+    clt = make_clt()
+    bridge.add_clt(clt, mode="replace_with_error")
+    if point == "hook_recon":
+        blocks_of(hf)[1].mlp.register_forward_hook(lambda module, args, y: y + SHIFT[:16])
+        expected = hf(IDS).logits
+    else:
+        features = reference_run(hf, IDS, shifted_clt(point), "observe")["features"][1]
+        expected = reference_run(hf, IDS, clt, "replace_with_error", edit_at(1, lambda acts: features))["logits"]
+    assert (expected - bridge(IDS)).abs().max() > 0.01
+    assert_close(with_shift(bridge, point), expected, **CLOSE)
+
+
+def test_without_the_errors_it_is_a_plain_replacement(bridge, hf):
+    clt = make_clt()
+    bridge.add_clt(clt, mode="replace_with_error")
+    without = [(lambda name: name.endswith("hook_error"), lambda error, hook: error * 0)]
+    assert_close(bridge.run_with_hooks(IDS, fwd_hooks=without), reference_run(hf, IDS, clt)["logits"], **CLOSE)
 
 
 def test_reset_hooks_takes_hooks_and_leaves_the_crosscoder(bridge, hf):
@@ -251,8 +289,8 @@ def test_hooks_that_edit_the_input_reach_the_encoder(bridge, hf, edited, read, w
 @pytest.mark.parametrize("edited", ["hook_in", "hook_normalized", "hook_scale"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.filterwarnings(EDIT_FALLBACK)
-def test_hooks_inside_the_norm_reach_the_encoder(family, edited):
-    bridge, clt = bridge_model(family), make_clt(read="mlp_in_before_gain")
+def test_hooks_inside_the_norm_reach_the_encoder(bridge_of, family, edited):
+    bridge, clt = bridge_of(family), make_clt(read="mlp_in_before_gain")
     bridge.add_clt(clt)
     seen = {}
     bridge.add_hook(f"blocks.1.ln2.{edited}", lambda value, hook: value + 1.5)
@@ -261,8 +299,8 @@ def test_hooks_inside_the_norm_reach_the_encoder(family, edited):
     assert_close(cached[NAME], clt.encode_group(1, seen["value"]), **CLOSE)
 
 
-def test_observing_the_norm_changes_nothing():
-    bridge = bridge_model("llama")
+def test_observing_the_norm_changes_nothing(bridge_of):
+    bridge = bridge_of("llama")
     bridge.add_clt(make_clt(read="mlp_in_before_gain"))
     assert torch.equal(bridge.run_with_cache(IDS)[0], bridge(IDS))
 
@@ -276,10 +314,6 @@ def test_user_hooks_see_and_edit_what_the_crosscoder_writes(bridge, hf):
     for value in seen.values():
         assert_close(value, run["recon"][1], **CLOSE)
     logits = bridge.run_with_hooks(IDS, fwd_hooks=[("blocks.1.hook_mlp_out", halve)])
-
-    def writes_half(layer, acts):
-        return acts
-
     other = make_clt()
     other.b_dec[1].data.mul_(0.5)
     for group in (0, 1):
@@ -291,12 +325,16 @@ def test_user_hooks_see_and_edit_what_the_crosscoder_writes(bridge, hf):
 # ---------------------------------------------------------------- gradients
 
 
-def weights_like(logits):
-    return torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)
+def weighted_sum(logits):
+    return (logits * torch.linspace(-1, 1, logits.numel()).reshape(logits.shape)).sum()
 
 
-def reference_gradients(hf, clt, mode):
-    """The gradient of a weighted sum of logits at every layer's features, and the features."""
+def next_token_loss(logits):
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+
+
+def reference_gradients(hf, clt, mode, loss):
+    """The gradient at every layer's features, and the features."""
     hf.requires_grad_(True)
     kept = {}
 
@@ -304,24 +342,22 @@ def reference_gradients(hf, clt, mode):
         acts.retain_grad()
         return kept.setdefault(layer, acts)
 
-    logits = reference_run(hf, IDS, clt, mode, keep)["logits"]
-    (logits * weights_like(logits)).sum().backward()
+    loss(reference_run(hf, IDS, clt, mode, keep)["logits"]).backward()
     return {layer: acts.grad for layer, acts in kept.items()}, kept
 
 
 @pytest.mark.parametrize("mode", ["replace", "replace_with_error"])
 @pytest.mark.parametrize(("family", "activation"), [("gpt2", "relu"), ("gemma2", "jumprelu"), ("gpt_neox", "relu")])
-def test_gradients_at_features(family, activation, mode):
-    bridge, clt = bridge_model(family).requires_grad_(True), make_clt(activation=activation)
+def test_gradients_at_features(bridge_of, family, activation, mode):
+    bridge, clt = bridge_of(family), make_clt(activation=activation)
     bridge.original_model.requires_grad_(True)
     bridge.add_clt(clt, mode=mode)
-    expected, features = reference_gradients(make_model(family), clt, mode)
+    expected, features = reference_gradients(make_model(family), clt, mode, weighted_sum)
     seen = {}
     names = [name for name in POINTS if name.endswith("hook_features")]
     hooks = [(name, lambda grad, hook: seen.update({hook.layer(): grad.clone()})) for name in names]
     with bridge.hooks(bwd_hooks=hooks):
-        logits = bridge(IDS)
-        (logits * weights_like(logits)).sum().backward()
+        weighted_sum(bridge(IDS)).backward()
     for layer, gradient in expected.items():
         inactive = features[layer] == 0
         assert inactive.any()
@@ -346,25 +382,16 @@ def test_an_edited_gradient_changes_those_before_it(bridge):
 @pytest.mark.filterwarnings(BACKWARD_FALLBACK)
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2"])
 @pytest.mark.parametrize("mode", ["replace", "replace_with_error"])
-def test_caching_backward(family, mode):
+def test_caching_backward(bridge_of, family, mode):
     """`incl_bwd` puts backward hooks everywhere, which makes the bridge compute the post-norms by itself."""
-    bridge, clt = bridge_model(family), make_clt()
+    bridge, clt = bridge_of(family), make_clt()
     bridge.original_model.requires_grad_(True)
     bridge.add_clt(clt, mode=mode)
     loss, seen = bridge.run_with_cache(IDS, incl_bwd=True, return_type="loss")
-    hf = make_model(family).requires_grad_(True)
-    kept = {}
-
-    def keep(layer, acts):
-        acts.retain_grad()
-        return kept.setdefault(layer, acts)
-
-    logits = reference_run(hf, IDS, clt, mode, keep)["logits"]
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
-    expected.backward()
-    assert_close(loss, expected, **CLOSE)
-    for layer, acts in kept.items():
-        assert_close(seen[f"blocks.{layer}.clt.hook_features_grad"], acts.grad, rtol=1e-4, atol=1e-5)
+    expected, _ = reference_gradients(make_model(family), clt, mode, next_token_loss)
+    for layer, gradient in expected.items():
+        assert_close(seen[f"blocks.{layer}.clt.hook_features_grad"], gradient, rtol=1e-4, atol=1e-5)
+    assert_close(loss, next_token_loss(reference_run(make_model(family), IDS, clt, mode)["logits"]), **CLOSE)
 
 
 # ---------------------------------------------------------------- generation
@@ -379,8 +406,8 @@ def generate(bridge, prompt, steps, **settings):
 @pytest.mark.parametrize("mode", ["replace", "observe"])
 @pytest.mark.parametrize("cached", [True, False], ids=["cache", "no_cache"])
 @pytest.mark.parametrize("family", ["gpt2", "mistral", "gemma3_multimodal"])
-def test_generation_is_replaced_at_every_step(family, cached, mode, exclude_first):
-    bridge, hf, clt = bridge_model(family), make_model(family), make_clt(exclude_first=exclude_first)
+def test_generation_is_replaced_at_every_step(bridge_of, family, cached, mode, exclude_first):
+    bridge, hf, clt = bridge_of(family), make_model(family), make_clt(exclude_first=exclude_first)
     bridge.add_clt(clt, mode=mode)
     lengths, features = [], []
 
@@ -517,12 +544,17 @@ OBSERVED = {
 }
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox"])
-@pytest.mark.parametrize("wiring", OBSERVED)
-def test_observed_wirings_equal_encode_on_recorded_activations(wiring, family):
-    if wiring == "acausal over an MLP" and family == "gpt_neox":
-        return  # parallel blocks have no resid_mid
-    bridge, clt = bridge_model(family), make_clt(OBSERVED[wiring])
+OBSERVED_IN = [
+    (family, wiring)
+    for family in ("gpt2", "gemma2", "gpt_neox")
+    for wiring in OBSERVED
+    if (family, wiring) != ("gpt_neox", "acausal over an MLP")  # parallel blocks have no resid_mid
+]
+
+
+@pytest.mark.parametrize(("family", "wiring"), OBSERVED_IN)
+def test_observed_wirings_equal_encode_on_recorded_activations(bridge_of, family, wiring):
+    bridge, clt = bridge_of(family), make_clt(OBSERVED[wiring])
     plain = bridge(IDS)
     places = {"resid_pre": "hook_in", "attn_out": "hook_attn_out", "resid_mid": "hook_resid_mid"}
     places |= {"mlp_in": "mlp.hook_in", "mlp_out_before_norm": "mlp.hook_out", "mlp_out": "hook_mlp_out"}
@@ -616,7 +648,8 @@ def test_a_lazily_opened_crosscoder(bridge, hf, tmp_path):
         assert_close(logits, run["logits"], **CLOSE)
 
 
-def test_hooks_keep_firing_after_moves(bridge):
+def test_hooks_keep_firing_after_moves():
+    bridge = bridge_model("gpt2")
     bridge.add_clt(make_clt())
     fired = []
     bridge.add_hook(NAME, lambda acts, hook: fired.append(acts))

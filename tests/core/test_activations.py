@@ -163,7 +163,7 @@ class Squared(Activation):
 def squared():
     ACTIVATIONS.add("squared", Squared)
     yield
-    del ACTIVATIONS._entries["squared"]
+    ACTIVATIONS.remove("squared")
 
 
 @pytest.mark.usefixtures("squared")
@@ -188,5 +188,8 @@ def test_registry():
     registry = Registry("thing")
     assert registry.register("one")(1) == 1
     assert ("one" in registry, list(registry), registry.values()) == (True, ["one"], [1])
-    with pytest.raises(RegistryError, match="no thing is called 'two': the known ones are one"):
-        registry["two"]
+    for use in (registry.__getitem__, registry.remove):
+        with pytest.raises(RegistryError, match="no thing is called 'two': the known ones are one"):
+            use("two")
+    registry.remove("one")
+    assert "one" not in registry

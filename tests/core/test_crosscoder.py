@@ -242,7 +242,7 @@ def test_skips_need_x():
 
 @pytest.mark.parametrize("n_latents", [0, -1, (4, 4), (4, 4, 0)])
 def test_wrong_numbers_of_latents(n_latents):
-    with refuses("n_latents is one number of at least 1, or 3 of them"):
+    with refuses("n_latents is .* number of at least 1, or 3 of them, one a group"):
         Crosscoder(Wiring.clt(3), 4, n_latents)
 
 

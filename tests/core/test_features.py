@@ -115,6 +115,19 @@ def test_gradcheck_of_the_sparse_path():
     assert torch.autograd.gradcheck(lambda a, w: decode_dense_group(a, w, refuse_to_read, "sparse"), arguments)
 
 
+def test_only_the_dense_path_is_differentiated_twice():
+    acts, weight = planted(0.3)
+    acts.requires_grad_()
+    for path in ("dense", "sparse"):
+        out = decode_dense_group(acts, weight.requires_grad_(), refuse_to_read, path)
+        (grad,) = torch.autograd.grad(out.pow(2).sum(), acts, create_graph=True)
+        if path == "dense":
+            assert torch.autograd.grad(grad.sum(), acts)[0].any()
+        else:
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                grad.sum().backward()
+
+
 def test_only_active_rows_are_read():
     acts, weight = torch.zeros(3, 10), torch.randn(10, 4)
     acts[0, 7], acts[1, 2], acts[2, 7] = 1.0, -2.0, 3.0

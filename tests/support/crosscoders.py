@@ -20,6 +20,7 @@ def make_clt(
     activation: str = "relu",
     seed: int = 0,
     scale: float = 3.0,
+    n_latents: int = N_LATENTS,
     dtype: torch.dtype = torch.float32,
     exclude_first: int = 0,
     n_layers: int | None = None,
@@ -30,7 +31,7 @@ def make_clt(
     host = Host(exclude_first=exclude_first, n_layers=n_layers)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        clt = Crosscoder(wiring, D_MODEL, N_LATENTS, activation, host=host, **settings)
+        clt = Crosscoder(wiring, D_MODEL, n_latents, activation, host=host, **settings)
         for name, parameter in clt.named_parameters():
             if not name.startswith("threshold"):
                 # Biases are 0 at first, which hides what goes wrong with them.

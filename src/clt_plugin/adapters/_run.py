@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
@@ -66,6 +67,7 @@ class Run:
         # Decoded so far for each site still to be written, from edited features, and from edits alone.
         self.decoded: dict[Site, Tensor] = {}
         self.edits: dict[Site, Tensor] = {}
+        self.written: set[Site] = set()
         self.excluded: Tensor | None = None
 
     def begin(self, excluded: Tensor | None) -> None:
@@ -104,20 +106,19 @@ class Run:
         if self.mode == "observe":
             return
         _accumulate(self.decoded, crosscoder.decode_group(group, acts))
-        if self.mode == "replace_with_error":
-            change = acts.detach() - natural
-            if bool(change.count_nonzero()):
-                with torch.no_grad():
-                    _accumulate(self.edits, crosscoder.decode_group(group, change))
+        if self.mode == "replace_with_error" and _differ(acts, natural):
+            with torch.no_grad():
+                _accumulate(self.edits, crosscoder.decode_group(group, acts - natural))
 
-    @torch.no_grad()
     def _natural(self, group: int, x: Tensor, x_seen: Tensor, h: Tensor, h_seen: Tensor, acts: Tensor) -> Tensor:
         """Return the activations that no edit has touched, (..., F), computed again only where one has."""
-        if not torch.equal(x, x_seen):
-            return self._activate(group, self.crosscoder.pre_activations(group, x.to(self.crosscoder.device)))
-        if not torch.equal(h, h_seen):
+        # Not as a decorator: a decorated function travels to a remote model without its globals.
+        with torch.no_grad():
+            if _differ(x, x_seen):
+                h = self.crosscoder.pre_activations(group, x.to(self.crosscoder.device))
+            elif not _differ(h, h_seen):
+                return acts.clone()
             return self._activate(group, h)
-        return acts.clone()
 
     @property
     def keeps_some_outputs(self) -> bool:
@@ -125,8 +126,8 @@ class Run:
         return self.mode == "replace_with_error" or self.excluded is not None
 
     def ready(self, site: Site) -> bool:
-        """Whether anything is to be written at a site: not where all that would write it was skipped."""
-        return self.mode != "observe" and bool(self.inputs)
+        """Whether anything is to be written at a site: once a pass, and not where all that would write was skipped."""
+        return self.mode != "observe" and bool(self.inputs) and site not in self.written
 
     def output(self, site: Site, like: Tensor, visit: Visit, true: Tensor | None = None) -> Tensor:
         """Return what takes the place of an MLP's output.
@@ -140,6 +141,7 @@ class Run:
         Returns:
             (batch, position, d), in the dtype and on the device of ``like``.
         """
+        self.written.add(site)
         y = self._reconstruction(site, like)
         if self.mode == "replace_with_error":
             # In float32 at least: then the two cancel, and without an edit the output is the model's own.
@@ -172,6 +174,11 @@ class Run:
         if self.excluded is None:
             return acts
         return acts.masked_fill(self.excluded.to(acts.device)[..., None], 0)
+
+
+def _differ(one: Tensor, other: Tensor) -> bool:
+    """Whether an edit has changed a value; not where there are shapes and no values, as in nnsight's scan."""
+    return detect_fake_mode() is None and not torch.equal(one, other)
 
 
 def _accumulate(total: dict[Site, Tensor], parts: dict[Site, Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,26 @@ class HostModel:
         raise AttachError(f"{type(model).__name__} keeps its blocks at none of {', '.join(row.blocks)}")
 
 
+def crosscoder_for(
+    clt: Any, layers: Iterable[int] | None = None, features: Mapping[int, Sequence[int]] | None = None
+) -> Crosscoder:
+    """Return what ``add_clt`` is to attach: a crosscoder, one loaded from a reference, or a part of either.
+
+    Args:
+        clt: A `Crosscoder`, a folder, or an ``hf://`` reference.
+        layers: See `Crosscoder.select`.
+        features: See `Crosscoder.select`.
+    """
+    # Not by os.PathLike: this code travels to remote models, which let few modules in.
+    if isinstance(clt, str) or hasattr(clt, "__fspath__"):
+        from clt_plugin.hub import load
+
+        clt = load(clt)
+    if not isinstance(clt, Crosscoder):
+        raise AttachError(f"add_clt takes a Crosscoder, a folder or an hf:// reference, not {type(clt).__name__}")
+    return clt if layers is None and features is None else clt.select(layers, features)
+
+
 def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str) -> HostModel:
     """Refuse a crosscoder that does not fit a model, or cannot be attached in a mode; warn of another name.
 
@@ -68,9 +89,6 @@ def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str) -> HostModel
         model: The Hugging Face model.
         mode: One of `MODES`.
     """
-    if not isinstance(crosscoder, Crosscoder):
-        kind = type(crosscoder).__name__
-        raise AttachError(f"add_clt takes a Crosscoder, a folder or an hf:// reference, not {kind}")
     if mode not in MODES:
         raise AttachError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
     host = HostModel.of(model)
@@ -80,8 +98,8 @@ def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str) -> HostModel
     _check_mode(crosscoder, mode)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         raise AttachError(
-            "gradient checkpointing runs each block twice, and a crosscoder would read both runs: call "
-            "model.gradient_checkpointing_disable() first"
+            "gradient checkpointing runs each block twice, and a crosscoder would read both runs: turn it off first, "
+            "with model.gradient_checkpointing_disable(), which newer versions call activation_checkpointing_disable()"
         )
     wanted = crosscoder.host.model_name
     if wanted and host.name and _stem(wanted) != _stem(host.name):

@@ -20,10 +20,11 @@ from nnsight import Envoy
 from nnsight.intervention.interleaver import Mediator, OutOfOrderError
 from nnsight.intervention.tracer import InterleavingTracer
 from torch import Tensor, nn
+from torch._guards import detect_fake_mode
 
 from clt_plugin.adapters._handle import Handle
 from clt_plugin.adapters._run import POINTS, Run, encoded_at_mlp, group_labels, point_labels
-from clt_plugin.adapters.huggingface import HostModel, check_fits, excluded_positions
+from clt_plugin.adapters.huggingface import HostModel, check_fits, crosscoder_for, excluded_positions
 from clt_plugin.adapters.sites import normalise
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
@@ -74,10 +75,21 @@ class CLTEnvoy(Envoy):
         return (_envoy, (self.interleaver, self.path, tuple(self.layers._module), self.mode, self.written))
 
 
+class PointEnvoy(Envoy):
+    """The envoy of a layer's points, or of one: it travels as the way to it from the `CLTEnvoy`."""
+
+    def __reduce__(self) -> Any:
+        return (_below, (self.root, self.path.removeprefix(f"{self.root.path}.")))
+
+
 def _envoy(interleaver: Any, path: str, labels: tuple[str, ...], mode: str, written: tuple[int, ...]) -> CLTEnvoy:
-    envoy = CLTEnvoy(Points(labels), path=path, interleaver=interleaver)
+    envoy = CLTEnvoy(Points(labels), path=path, interleaver=interleaver, envoys=PointEnvoy)
     envoy.mode, envoy.written, envoy.rows, envoy.stored = mode, written, None, None
     return envoy
+
+
+def _below(envoy: CLTEnvoy, path: str) -> PointEnvoy:
+    return envoy.get(path)
 
 
 # ---------------------------------------------------------------- add_clt
@@ -111,12 +123,7 @@ def add_clt(
     Raises:
         AttachError: The crosscoder does not fit, or cannot be attached so; the model is as it was.
     """
-    if not isinstance(clt, Crosscoder):
-        from clt_plugin.hub import load
-
-        clt = load(clt)
-    if layers is not None or features is not None:
-        clt = clt.select(layers, features)
+    clt = crosscoder_for(clt, layers, features)
     host = check_fits(clt, model._module, mode)
     worker = _worker()
     if worker is not None and worker.pending is not None:
@@ -253,7 +260,9 @@ def drive(model: Envoy, clt: Crosscoder, mode: str, points: CLTEnvoy, host: Host
         args, kwargs = backbone.inputs
         ids = args[0] if args else kwargs.get("input_ids")
         shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
-        run.begin(excluded_positions(clt.host.exclude_first, kwargs, shape))
+        # A scan has shapes and no values, so that no mask can be looked at.
+        first = clt.host.exclude_first if detect_fake_mode() is None else 0
+        run.begin(excluded_positions(first, kwargs, shape))
 
     for site in wiring.read_sites:
         _start(reader(site), model, group, first=False)

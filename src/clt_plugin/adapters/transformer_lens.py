@@ -20,7 +20,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from clt_plugin.adapters._handle import Handle
 from clt_plugin.adapters._run import POINTS, Run, encoded_at_mlp, group_labels, point_labels
-from clt_plugin.adapters.huggingface import HostModel, check_fits, excluded_positions
+from clt_plugin.adapters.huggingface import HostModel, check_fits, crosscoder_for, excluded_positions
 from clt_plugin.adapters.sites import normalise
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
@@ -59,12 +59,7 @@ def add_clt(
     Raises:
         AttachError: The crosscoder does not fit, or cannot be attached so; the bridge is as it was.
     """
-    if not isinstance(clt, Crosscoder):
-        from clt_plugin.hub import load
-
-        clt = load(clt)
-    if layers is not None or features is not None:
-        clt = clt.select(layers, features)
+    clt = crosscoder_for(clt, layers, features)
     if bridge._weights_processed:
         raise AttachError(
             "this bridge's weights were processed (compatibility mode folds norms into them), which changes what a "

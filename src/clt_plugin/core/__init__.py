@@ -1,9 +1,10 @@
 """Tensors only: wirings, crosscoders, activations, sparse features, stores. Imports no framework but torch."""
 
 from clt_plugin.core.activations import ACTIVATIONS, Activation, BatchTopK, JumpReLU, ReLU, TopK, jumprelu, step
-from clt_plugin.core.crosscoder import Crosscoder, CrossLayerTranscoder, Host, Sites
+from clt_plugin.core.crosscoder import Crosscoder, CrossLayerTranscoder
 from clt_plugin.core.errors import AttachError, FormatError, RegistryError, WiringError
 from clt_plugin.core.features import SparseFeatures, SparseGroup
+from clt_plugin.core.host import Host, Sites
 from clt_plugin.core.registry import FORMATS, Registry
 from clt_plugin.core.store import LazyStore, MemoryStore, Piece, Store
 from clt_plugin.core.wiring import MODEL, SITE_NAMES, Layout, Site, Wiring

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -155,6 +155,10 @@ class Activation:
         """Whether latents are ranked by activation times decoder norm."""
         return False
 
+    def over_groups(self, n_groups: int) -> Activation:
+        """Return the activation that acts on the latents of all groups side by side, for one that is joint."""
+        raise NotImplementedError
+
     def to_dict(self) -> dict[str, Any]:
         """Return the activation as plain data, for JSON."""
         return {"name": self.name, **asdict(self)}
@@ -209,6 +213,8 @@ class JumpReLU(Activation):
 
     def __call__(self, h: Tensor, threshold: Tensor | None, scale: Tensor | None, training: bool) -> Tensor:
         """Activate; see `Activation.__call__`."""
+        if threshold is None:
+            raise WiringError("JumpReLU needs a threshold for each latent")
         return jumprelu(h, threshold, self.bandwidth)
 
 
@@ -243,6 +249,10 @@ class _Ranked(Activation):
     def ranks_by_decoder_norm(self) -> bool:
         """Whether latents are ranked by activation times decoder norm."""
         return self.score == "decoder_norm"
+
+    def over_groups(self, n_groups: int) -> Activation:
+        """Return the activation that acts on the latents of all groups side by side."""
+        return replace(self, k=self.k * n_groups, scope="group")
 
 
 @dataclass(frozen=True)
@@ -288,20 +298,20 @@ for _cls in (ReLU, JumpReLU, TopK, BatchTopK):
 def activate_jointly(
     activation: Activation,
     hs: Sequence[Tensor],
-    thresholds: Sequence[Tensor | None],
+    threshold: Tensor | None,
     scales: Sequence[Tensor | None],
     training: bool,
 ) -> list[Tensor]:
     """Activate all groups together, where latents compete across groups.
 
     Args:
-        activation: A ranked activation whose scope is joint.
+        activation: An activation that is joint.
         hs: For each group its pre-activations, (..., n_latents of the group).
-        thresholds: For each group its threshold; a measured one is the same for every group.
+        threshold: The measured threshold, the same for every group, or None.
         scales: For each group its score scale, (n_latents of the group,), or None.
         training: Whether the crosscoder is in training mode.
     """
-    sizes = [h.shape[-1] for h in hs]
-    scale = None if scales[0] is None else torch.cat(list(scales))
-    together = type(activation)(activation.k * len(hs), "group", activation.score)
-    return list(together(torch.cat(list(hs), dim=-1), thresholds[0], scale, training).split(sizes, dim=-1))
+    given = [scale for scale in scales if scale is not None]
+    together = activation.over_groups(len(hs))
+    acts = together(torch.cat(list(hs), dim=-1), threshold, torch.cat(given) if given else None, training)
+    return list(acts.split([h.shape[-1] for h in hs], dim=-1))

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clt_plugin.core._subset import chosen_groups, subset
 from clt_plugin.core.activations import Activation, activate_jointly
 from clt_plugin.core.errors import WiringError
 from clt_plugin.core.features import (
@@ -34,55 +34,11 @@ from clt_plugin.core.features import (
     decode_sparse_group,
     stack_groups,
 )
+from clt_plugin.core.host import Host, Sites
 from clt_plugin.core.store import LazyStore, MemoryStore, Store, product
 from clt_plugin.core.wiring import Layout, Site, Wiring
 
 NORM_KINDS = ("concatenated", "separate", "per_write")
-
-
-@dataclass(frozen=True)
-class Host:
-    """What the model must be that a crosscoder was trained for, and how to run in it.
-
-    Attributes:
-        model_name: The model's name on the Hub, or None where it is not known.
-        model_revision: Its revision.
-        n_layers: How many layers it has; None where it is not known.
-        exclude_first: How many first positions (the BOS token's, usually) it was not trained on. There,
-            features are 0 and the model's own MLP output is kept.
-    """
-
-    model_name: str | None = None
-    model_revision: str | None = None
-    n_layers: int | None = None
-    exclude_first: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the host as plain data, for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Which sites a crosscoder reads and writes.
-
-    Attributes:
-        read: Every site read; the first axis of stacked inputs.
-        write: Every site written; the first axis of stacked outputs.
-    """
-
-    read: tuple[Site, ...]
-    write: tuple[Site, ...]
-
-    @property
-    def read_name(self) -> str:
-        """The name of the sites read, such as ``"resid_mid"``; joined with + where there are several."""
-        return "+".join(dict.fromkeys(site.name for site in self.read))
-
-    @property
-    def write_name(self) -> str:
-        """The name of the sites written, such as ``"mlp_out"``."""
-        return "+".join(dict.fromkeys(site.name for site in self.write))
 
 
 class Crosscoder(nn.Module):
@@ -126,14 +82,14 @@ class Crosscoder(nn.Module):
         self.activation = Activation.make(activation, **settings)
         self.host = host or Host()
         self.group_sizes = _group_sizes(n_latents, wiring.n_groups)
-        made = {"dtype": dtype, "device": device}
+        made: dict[str, Any] = {"dtype": dtype, "device": device}
 
         def vectors(sizes: Iterable[int], value: float = 0.0, grad: bool = True) -> nn.ParameterList:
             return nn.ParameterList(nn.Parameter(torch.full((n,), value, **made), grad) for n in sizes)
 
         self.b_enc = vectors(self.group_sizes)
         self.b_dec = vectors(self.layout.width[site] for site in wiring.write_sites)
-        self.threshold = None
+        self.threshold: nn.ParameterList | None = None
         if self.activation.has_threshold:
             self.threshold = vectors(self.group_sizes, 0.03)
         elif self.activation.has_batch_threshold:
@@ -251,10 +207,10 @@ class Crosscoder(nn.Module):
         """
         stacked, inputs = self._inputs(x)
         if self.activation.joint:
-            groups = range(self.wiring.n_groups)
-            hs = [self.pre_activations(g, self._read(g, inputs)) for g in groups]
-            thresholds, scales = [self._threshold(g) for g in groups], [self._score_scale(g) for g in groups]
-            acts: Iterable[Tensor] = activate_jointly(self.activation, hs, thresholds, scales, self.training)
+            every = range(self.wiring.n_groups)
+            hs = [self.pre_activations(g, self._read(g, inputs)) for g in every]
+            scales = [self._score_scale(g) for g in every]
+            acts: Iterable[Tensor] = activate_jointly(self.activation, hs, self._threshold(0), scales, self.training)
         else:
             acts = (self.encode_group(g, self._read(g, inputs)) for g in range(self.wiring.n_groups))
         if not sparse:
@@ -373,7 +329,6 @@ class Crosscoder(nn.Module):
         norms = torch.stack([weight[:, columns].norm(dim=-1) for columns in slices], dim=1)
         return norms if kind == "per_write" else norms.sum(dim=1)
 
-    @torch.no_grad()
     def estimate_threshold(self, x: Tensor | Mapping[Site, Tensor]) -> None:
         """Measure BatchTopK's per-token thresholds on inputs, so that it can run outside training.
 
@@ -387,7 +342,9 @@ class Crosscoder(nn.Module):
             raise WiringError(f"{self.activation} has no measured threshold: only BatchTopK does")
         was_training, self.training = self.training, True
         try:
-            acts = self.encode(x)
+            # Not as a decorator: a decorated function travels to a remote model without its globals.
+            with torch.no_grad():
+                acts = self.encode(x)
         finally:
             self.training = was_training
         lowest = []
@@ -399,15 +356,15 @@ class Crosscoder(nn.Module):
         if self.activation.joint:
             positive = [value for value in lowest if value > 0] or lowest
             lowest = [torch.stack(positive).min()] * len(lowest)
-        for parameter, value in zip(self.threshold, lowest, strict=True):
+        for parameter, value in zip(self.threshold or (), lowest, strict=True):
             # Selection is "greater than": step just below the smallest score selected.
-            parameter.copy_(value.nextafter(torch.zeros_like(value)))
+            parameter.data.copy_(value.nextafter(torch.zeros_like(value)))
 
     def materialize(self) -> Crosscoder:
         """Return the same crosscoder with its weights in memory; itself if they are."""
         if not self.is_lazy:
             return self
-        return self._rebuilt(self.wiring, range(self.wiring.n_groups), {}, range(len(self.wiring.write_sites)))
+        return subset(self, self.wiring, range(self.wiring.n_groups), {})
 
     def select(
         self, layers: Iterable[int] | None = None, features: Mapping[int, Sequence[int]] | None = None
@@ -421,27 +378,10 @@ class Crosscoder(nn.Module):
             layers: Keep the groups at home in these layers.
             features: {layer: latents to keep there, in this order}; layers left out keep all theirs.
         """
-        wiring, features = self.wiring, dict(features or {})
-        layers = {*wiring.home} if layers is None else {*layers}
-        groups = [g for g in range(wiring.n_groups) if wiring.home[g] in layers]
-        missing = sorted((layers | {*features}) - {*wiring.home})
-        if missing or not groups:
-            raise WiringError(f"no group is at home in layer {missing}: there are groups in layers {list(wiring.home)}")
-        unkept = sorted({*features} - layers)
-        if unkept:
-            raise WiringError(f"features of layer {unkept} are asked for, but layers keeps {sorted(layers)}")
-        latents = {}
-        for g in groups:
-            if wiring.home[g] in features:
-                kept = torch.as_tensor(list(features[wiring.home[g]]), dtype=torch.long)
-                if len(kept) == 0 or bool(((kept < 0) | (kept >= self.group_sizes[g])).any()):
-                    raise WiringError(f"layer {wiring.home[g]} has features 0 to {self.group_sizes[g] - 1}")
-                latents[g] = kept
-        smaller = wiring.select(groups)
-        biases = [wiring.write_sites.index(site) for site in smaller.write_sites]
-        chosen = self._rebuilt(smaller, groups, latents, biases)
-        chosen.is_partial = True
-        return chosen
+        groups, latents = chosen_groups(self, layers, features)
+        part = subset(self, self.wiring.select(groups), groups, latents)
+        part.is_partial = True
+        return part
 
     is_partial: bool = False
     """Whether groups or latents were left out by `select`, so that its reconstruction is not the whole's."""
@@ -479,46 +419,11 @@ class Crosscoder(nn.Module):
 
     # ---------------------------------------------------------------- inside
 
-    def _rebuilt(
-        self, wiring: Wiring, groups: Iterable[int], latents: Mapping[int, Tensor], biases: Iterable[int]
-    ) -> Crosscoder:
-        """Copy some groups, and of them some latents, into a crosscoder in memory."""
-        groups = list(groups)
-        sizes = [len(latents[g]) if g in latents else self.group_sizes[g] for g in groups]
-        new = Crosscoder.__new__(type(self))
-        nn.Module.__init__(new)
-        new.wiring, new.layout = wiring, Layout.of(wiring, self.layout.width)
-        new.activation, new.host, new.group_sizes = self.activation, self.host, tuple(sizes)
-        new.is_partial, new._lazy_store = self.is_partial, None
-
-        def own(tensor: Tensor, like: Tensor | None = None) -> nn.Parameter:
-            grad = True if like is None else like.requires_grad
-            # Contiguous, as safetensors and the encoder's (read width, F) rows want it.
-            return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), grad)
-
-        def picked(parameters: nn.ParameterList, g: int) -> nn.Parameter:
-            whole = parameters[g]
-            return own(whole[latents[g].to(whole.device)] if g in latents and whole.ndim else whole, whole)
-
-        new.b_enc = nn.ParameterList(picked(self.b_enc, g) for g in groups)
-        new.b_dec = nn.ParameterList(own(self.b_dec[w], self.b_dec[w]) for w in biases)
-        for name in ("threshold", "stored_norms"):
-            held = getattr(self, name)
-            setattr(new, name, None if held is None else nn.ParameterList(picked(held, g) for g in groups))
-        rows = [latents.get(g) for g in groups]
-        pairs = list(zip(groups, rows, strict=True))
-        new.W_enc = nn.ParameterList(own(self.store.get("W_enc", g, r).T) for g, r in pairs)
-        new.W_dec = nn.ParameterList(own(self.store.get("W_dec", g, r)) for g, r in pairs)
-        skips = [self.wiring.skips.index(pair) for pair in wiring.skips]
-        new.W_skip = nn.ParameterList(own(self.store.get("W_skip", n)) for n in skips)
-        new.train(self.training)
-        return new
-
     def _threshold(self, group: int) -> Tensor | None:
         return None if self.threshold is None else self.threshold[group]
 
     def _has_measured_threshold(self) -> bool:
-        return self.activation.has_batch_threshold and not any(bool(t.isnan()) for t in self.threshold)
+        return self.activation.has_batch_threshold and not any(bool(t.isnan()) for t in self.threshold or ())
 
     def _score_scale(self, group: int) -> Tensor | None:
         if not self.activation.ranks_by_decoder_norm:
@@ -529,24 +434,25 @@ class Crosscoder(nn.Module):
 
     def _inputs(self, x: Tensor | Mapping[Site, Tensor]) -> tuple[bool, Mapping[Site, Tensor]]:
         """Return whether inputs are stacked, and the inputs by site, with their shapes checked."""
-        sites = self.wiring.read_sites
-        stacked = isinstance(x, Tensor)
-        if stacked:
+        sites, stacked = self.wiring.read_sites, isinstance(x, Tensor)
+        if isinstance(x, Tensor):
             if x.ndim < 2 or x.shape[0] != len(sites):
                 expected = f"({len(sites)}, ..., {self.layout.common_width() or 'd'})"
                 raise WiringError(f"stacked inputs have one entry for each site read, {expected}, not {tuple(x.shape)}")
-            x = dict(zip(sites, x, strict=True))
-        missing = [str(site) for site in sites if site not in x]
+            inputs: Mapping[Site, Tensor] = dict(zip(sites, x, strict=True))
+        else:
+            inputs = x
+        missing = [str(site) for site in sites if site not in inputs]
         if missing:
             raise WiringError(f"inputs for {', '.join(missing)} are missing")
-        leading = {tuple(x[site].shape[:-1]) for site in sites}
+        leading = {tuple(inputs[site].shape[:-1]) for site in sites}
         if len(leading) > 1:
             raise WiringError(f"the inputs' leading shapes differ: {sorted(leading)}")
         for site in sites:
-            if x[site].shape[-1] != self.layout.width[site]:
-                width = self.layout.width[site]
-                raise WiringError(f"{site} has width {width}, but its input has shape {tuple(x[site].shape)}")
-        return stacked, x
+            width, shape = self.layout.width[site], tuple(inputs[site].shape)
+            if shape[-1] != width:
+                raise WiringError(f"{site} has width {width}, but its input has shape {shape}")
+        return stacked, inputs
 
     def _read(self, group: int, inputs: Mapping[Site, Tensor]) -> Tensor:
         """Return what a group reads, side by side."""
@@ -555,12 +461,12 @@ class Crosscoder(nn.Module):
 
     def _features(self, features: Any) -> tuple[Sequence[Any], tuple[int, ...], bool]:
         """Return features a group (flat or sparse), their leading shape, and whether they were stacked."""
+        groups: list[Any] = list(features.groups if isinstance(features, SparseFeatures) else features)
         if isinstance(features, SparseFeatures):
-            groups, shape, stacked = features.groups, features.shape, features.stacked
+            shape, stacked = features.shape, features.stacked
             sizes = [group.n_latents for group in groups]
         else:
-            stacked = isinstance(features, Tensor)
-            groups, shape = list(features), ()
+            shape, stacked = (), isinstance(features, Tensor)
             sizes, leading = [acts.shape[-1] for acts in groups], {tuple(acts.shape[:-1]) for acts in groups}
             if len(leading) > 1:
                 raise WiringError(f"the features' leading shapes differ: {sorted(leading)}")
@@ -591,7 +497,7 @@ class Crosscoder(nn.Module):
         if x is None:
             raise WiringError("this crosscoder has affine skips, which read x: call decode(features, x)")
         _, inputs = self._inputs(x)
-        return {write: self.skip(write, inputs) for _, write in self.wiring.skips}
+        return {write: y for _, write in self.wiring.skips if (y := self.skip(write, inputs)) is not None}
 
 
 CrossLayerTranscoder = Crosscoder

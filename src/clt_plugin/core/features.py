@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from clt_plugin.core.store import streamed_product
 
-SPARSE_BELOW = 0.06
-"""The density under which the sparse decode is the faster one: see ``benchmarks/decode.py``."""
+SPARSE_BELOW = 0.035
+"""The density under which the sparse decode is the faster one, whatever the shape: see ``benchmarks/decode.py``."""
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,22 @@ class _Decode(torch.autograd.Function):
         return _sparse_product(group, weight, read_rows, len(acts))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        (weight,) = ctx.saved_tensors if ctx.has_weight else (None,)
-        grad_acts = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_acts = grad @ (ctx.read_rows(None) if weight is None else weight).T
-        if ctx.needs_input_grad[1]:
-            group = ctx.group
-            by_latent = torch.argsort(group.latents, stable=True)
-            latents, tokens, values = group.latents[by_latent], group.tokens[by_latent], group.values[by_latent]
-            grad_weight = weighted_row_sum(grad.contiguous(), latents, tokens, values, len(weight))
-        return grad_acts, grad_weight, None
+        # Not as a decorator: a decorated function travels to a remote model without its globals.
+        return once_differentiable(_decode_gradients)(ctx, grad)
+
+
+def _decode_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    weight = ctx.saved_tensors[0] if ctx.has_weight else None
+    grad_acts = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        grad_acts = grad @ (ctx.read_rows(None) if weight is None else weight).T
+    if weight is not None and ctx.needs_input_grad[1]:
+        group = ctx.group
+        by_latent = torch.argsort(group.latents, stable=True)
+        latents, tokens, values = group.latents[by_latent], group.tokens[by_latent], group.values[by_latent]
+        grad_weight = weighted_row_sum(grad.contiguous(), latents, tokens, values, len(weight))
+    return grad_acts, grad_weight, None
 
 
 def _sparse_product(group: SparseGroup, weight: Tensor | None, read_rows: ReadRows, n_tokens: int) -> Tensor:

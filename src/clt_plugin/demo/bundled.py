@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,8 +29,16 @@ MIT_PROMPT = (
 def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load the language model: GPT-2 of 4 layers, d_model 128. Each call makes a model of its own."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    model = AutoModelForCausalLM.from_pretrained(ASSETS / "language-model", dtype=dtype).eval()
+    # A bar for two megabytes is noise; users who want bars keep them.
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(ASSETS / "language-model", dtype=dtype).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     model.config.name_or_path = NAME
     return model.requires_grad_(False)
 
@@ -44,14 +52,14 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_nnsight():
+def load_nnsight() -> Any:
     """Load the language model in nnsight."""
     from nnsight.modeling.transformers import TransformersModel
 
     return TransformersModel(load_model(), tokenizer=load_tokenizer())
 
 
-def load_bridge():
+def load_bridge() -> Any:
     """Load the language model in TransformerLens."""
     from transformer_lens.model_bridge import TransformerBridge
 

@@ -84,7 +84,8 @@ def _compare_features(
     """Read the features in both libraries; return those of nnsight by layer, (position, n_latents)."""
     with model.add_clt(clt, mode="observe"), torch.no_grad():
         with model.trace(MIT_PROMPT):
-            ours = [model.clt.layers[layer].features.output.save() for layer in range(clt.n_layers)]
+            ours: Any = [model.clt.layers[layer].features.output for layer in range(clt.n_layers)]
+            ours.save()  # a method that nnsight gives to every object
     with bridge.add_clt(clt, mode="observe"), torch.no_grad():
         _, cache = bridge.run_with_cache(MIT_PROMPT)
     theirs = [cache[f"blocks.{layer}.clt.hook_features"] for layer in range(clt.n_layers)]
@@ -130,7 +131,9 @@ def _most_effective_feature(model: Any, clt: Crosscoder, result: DemoResult) -> 
         acts = [model.clt.layers[layer].features.output for layer in range(clt.n_layers)]
         logits = model.output.logits[0, -1]
         margin = logits[answer] - logits.mean()
-        effects = [(a * g).detach().save() for a, g in zip(acts, torch.autograd.grad(margin, acts), strict=True)]
+        grads = torch.autograd.grad(margin, acts)
+        effects: Any = [(a * g).detach() for a, g in zip(acts, grads, strict=True)]
+        effects.save()
     handle.remove()
     best = max(range(clt.n_layers), key=lambda layer: float(effects[layer].max()))
     position, feature = divmod(int(effects[best][0].argmax()), effects[best].shape[-1])

@@ -1,0 +1,96 @@
+"""``import clt_plugin`` imports neither library, and gives both their ``add_clt`` whichever comes first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from support.crosscoders import make_clt
+from support.models import bridge_model, make_model, make_tokenizer, nnsight_model
+from support.reference import reference_run
+
+FRAMEWORKS = ("nnsight", "transformer_lens", "transformers")
+
+IMPORTS = """
+import sys
+{first}
+import clt_plugin
+found = [name for name in {frameworks} if name in sys.modules]
+sys.exit(f"clt_plugin imports {{', '.join(found)}}" if found else 0)
+"""
+
+# Given the names to import, in order; prints the classes that have the method, and where it comes from.
+METHODS = """
+import sys
+for name in {order}:
+    __import__(name)
+from nnsight import Envoy, LanguageModel, NNsight
+from nnsight.modeling.transformers import TransformersModel
+from transformer_lens.model_bridge import TransformerBridge
+for cls in (NNsight, TransformersModel, LanguageModel, TransformerBridge):
+    assert cls.add_clt.__module__ == "clt_plugin.adapters", cls
+assert not hasattr(Envoy, "add_clt"), "every submodule would have it"
+"""
+
+
+def run(program: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240)
+
+
+def test_importing_the_package_imports_no_framework():
+    result = run(IMPORTS.format(first="", frameworks=FRAMEWORKS))
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_import_check_can_fail():
+    result = run(IMPORTS.format(first="import transformers", frameworks=FRAMEWORKS))
+    assert result.returncode == 1
+    assert "clt_plugin imports transformers" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        ("clt_plugin", "nnsight", "transformer_lens"),
+        ("transformer_lens", "clt_plugin", "nnsight"),
+        ("nnsight", "transformer_lens", "clt_plugin"),
+    ],
+    ids=" ".join,
+)
+def test_models_have_the_method_whatever_is_imported_first(order):
+    result = run(METHODS.format(order=order))
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_method_check_can_fail():
+    result = run(METHODS.format(order=("nnsight",)))
+    assert result.returncode == 1
+    assert "has no attribute 'add_clt'" in result.stderr
+
+
+def test_parts_of_a_model_have_no_method():
+    model = nnsight_model("gpt2")
+    assert hasattr(model, "add_clt")
+    for part in (model.transformer, model.transformer.h[0], model.transformer.h[0].mlp, model.lm_head):
+        assert not hasattr(part, "add_clt")
+    bridge = bridge_model("gpt2")
+    assert hasattr(bridge, "add_clt")
+    assert not hasattr(bridge.blocks[0], "add_clt")
+
+
+@pytest.mark.filterwarnings("ignore:.*LanguageModel:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*LanguageModel:FutureWarning")
+@pytest.mark.parametrize("cls", ["NNsight", "LanguageModel"])
+def test_nnsights_other_classes(cls):
+    import nnsight
+
+    ids, clt = torch.tensor([[0, 5, 17, 33]]), make_clt()
+    settings = {"tokenizer": make_tokenizer()} if cls == "LanguageModel" else {}
+    model = getattr(nnsight, cls)(make_model("gpt2"), **settings)
+    with model.add_clt(clt), model.trace(ids):
+        logits = model.output.logits.save()
+    assert_close(logits, reference_run(make_model("gpt2"), ids, clt)["logits"], rtol=1e-5, atol=1e-5)
