@@ -54,6 +54,14 @@ def assert_all_dead(runs: list[weakref.ref]) -> None:
     assert not alive, f"still alive: {alive}"
 
 
+def assert_emptied(runs: list[weakref.ref]) -> None:
+    """What an exception still holds of a run has let go of its tensors."""
+    for ref in runs:
+        if type(ref()) is _run.Run:
+            assert not vars(ref())["inputs"]
+            assert not vars(ref())["decoded"]
+
+
 # ---------------------------------------------------------------- removal
 
 
@@ -225,6 +233,7 @@ def test_a_stopped_trace_leaves_nothing_behind(stop_at: str, mode: str, where: s
                 shape = getattr(model.clt.layers[1], stop_at).output.shape.save()
             tracer.stop()
     assert shape[:2] == ids.shape
+    assert_emptied(runs)
     gc.collect()  # an exception that a frame holds holds that frame: nnsight's stop is such a circle
     assert_all_dead(runs)
     if where == "before":

@@ -128,6 +128,22 @@ def test_calls_of_the_plain_model_do_not_see_it() -> None:
     assert torch.equal(model._module(ids).logits, make_model("gpt2")(ids).logits)
 
 
+def test_traces_rooted_at_a_submodule_do_not_see_it() -> None:
+    model, ids = nnsight_model("gpt2"), token_ids()
+    model.add_clt(make_clt())
+    with model.transformer.trace(ids):
+        hidden = model.transformer.output.last_hidden_state.save()
+    assert torch.equal(hidden, make_model("gpt2").transformer(ids).last_hidden_state)
+
+
+def test_it_is_in_the_picture_of_the_model() -> None:
+    model = nnsight_model("gpt2")
+    assert "(clt)" not in repr(model)
+    model.add_clt(make_clt())
+    assert "(clt): Points" in repr(model)
+    assert "model.clt.layers.1.features" in [path for path, _ in model.named_modules()]
+
+
 # ---------------------------------------------------------------- edits
 
 EDITS = {
@@ -423,6 +439,20 @@ def test_a_session_of_traces_that_each_add_their_own() -> None:
     before.assert_unchanged()
 
 
+def test_added_between_the_traces_of_a_session_it_stays() -> None:
+    clt, model, ids = make_clt(), nnsight_model("gpt2"), token_ids()
+    with model.session():
+        with model.trace(ids):
+            plain = model.output.logits.save()
+        model.add_clt(clt)
+        with model.trace(ids):
+            logits = model.output.logits.save()
+    expected = reference_run(make_model("gpt2"), ids, clt)["logits"]
+    assert_close(plain, make_model("gpt2")(ids).logits)
+    assert_close(logits, expected)
+    assert_close(model.trace(ids, trace=False).logits, expected)
+
+
 def test_a_cache_of_points() -> None:
     clt, model, ids = make_clt(), nnsight_model("gpt2"), token_ids()
     expected = reference_run(make_model("gpt2"), ids, clt)
@@ -553,9 +583,12 @@ def test_a_user_skip_of_the_mlp_wins(mode: str) -> None:
         expected = reference_run(hf, ids, clt, mode, edits=edits)
     model.add_clt(clt, mode)
     with model.trace(ids):
-        model.transformer.h[1].mlp.skip(model.transformer.h[1].mlp.input * 3)
+        x = model.transformer.h[1].mlp.input
+        skipped_acts = model.clt.layers[1].features.output.save()
+        model.transformer.h[1].mlp.skip(x * 3)
         acts = model.clt.layers[2].features.output.save()
         logits = model.output.logits.save()
+    assert_close(skipped_acts, expected["features"][1])
     assert_close(acts, expected["features"][2])
     assert_close(logits, expected["logits"])
 
@@ -568,8 +601,8 @@ def test_a_module_called_ad_hoc_does_not_disturb_the_run() -> None:
     with model.trace(ids):
         hidden = model.transformer.h[0].output.save()
         aside = model.transformer.h[0](hidden).save()
-        watched = model.transformer.h[0](hidden, hook=True).save()
         acts = model.clt.layers[1].features.output.save()
+        watched = model.transformer.h[0](hidden, hook=True).save()
         logits = model.output.logits.save()
     # Entered a second time, a block is the plain model's own.
     assert_close(aside, inner(hf, 0)(hidden))

@@ -141,6 +141,12 @@ def test_dimensions(model, clt, message, mode):
     assert_refused(model, clt, message, mode=mode)
 
 
+def test_a_transcoder_of_one_layer_fits_any_number_of_layers(model):
+    for layer in range(N_LAYERS):
+        site = [cp.Site("model", name, layer) for name in ("mlp_in", "mlp_out")]
+        model.add_clt(crosscoder(Wiring(((site[0],),), ((site[1],),)))).remove()
+
+
 def test_another_models_name_alone_is_a_warning(model):
     clt = crosscoder(Wiring.clt(N_LAYERS), host=Host(model_name="someone/other-model"))
     with pytest.warns(UserWarning, match="trained for someone/other-model, but the model is tiny/gpt2"):

@@ -104,8 +104,9 @@ def test_points_are_hook_points_of_the_bridge(bridge):
     ],
     ids=["all", "string", "list", "function"],
 )
-def test_run_with_cache(bridge, hf, names_filter, found):
-    clt = make_clt(read="resid_mid")
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_run_with_cache(bridge_of, family, names_filter, found):
+    bridge, hf, clt = bridge_of(family), make_model(family), make_clt(read="resid_mid")
     bridge.add_clt(clt, mode="replace_with_error")
     logits, seen = bridge.run_with_cache(IDS, names_filter=names_filter)
     run = reference_run(hf, IDS, clt, "replace_with_error")
@@ -286,6 +287,15 @@ def test_hooks_that_edit_the_input_reach_the_encoder(bridge, hf, edited, read, w
     assert_close(logits, run["logits"], **CLOSE)
 
 
+def test_the_optional_hook_before_the_norm_reaches_the_encoder():
+    bridge, hf, clt = bridge_model("gpt2"), make_model("gpt2"), make_clt(read="resid_mid")
+    bridge.add_clt(clt)
+    bridge.set_use_hook_mlp_in(True)
+    blocks_of(hf)[1].ln_2.register_forward_pre_hook(halve_input, with_kwargs=True)
+    logits = bridge.run_with_hooks(IDS, fwd_hooks=[("blocks.1.hook_mlp_in", halve)])
+    assert_close(logits, reference_run(hf, IDS, clt)["logits"], **CLOSE)
+
+
 @pytest.mark.parametrize("edited", ["hook_in", "hook_normalized", "hook_scale"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.filterwarnings(EDIT_FALLBACK)
@@ -437,6 +447,14 @@ def test_generation_from_left_padded_prompts(bridge, hf, cached, exclude_first):
         ids = torch.tensor([make_tokenizer()(prompt)["input_ids"]])
         expected = reference_greedy(hf, ids, clt, "replace", 4)[-1]["ids"][0]
         assert torch.equal(row[-len(expected) :], expected)
+
+
+def test_transformers_own_generation(bridge, hf):
+    clt = make_clt()
+    bridge.add_clt(clt)
+    settings = {"do_sample": False, "return_type": "tokens", "min_new_tokens": 4, "eos_token_id": None}
+    tokens = bridge.hf_generate(IDS, max_new_tokens=4, **settings)
+    assert torch.equal(tokens, reference_greedy(hf, IDS, clt, "replace", 4)[-1]["ids"])
 
 
 # ---------------------------------------------------------------- parts of a run

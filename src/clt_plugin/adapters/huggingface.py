@@ -116,9 +116,7 @@ def _check_dimensions(crosscoder: Crosscoder, host: HostModel) -> None:
     if len(wiring.models) > 1:
         models = ", ".join(wiring.models)
         raise AttachError(f"this crosscoder spans the models {models}: encode their activations instead")
-    wanted = crosscoder.host.n_layers
-    if wanted is None and wiring.writes_mlps_only and not crosscoder.is_partial:
-        wanted = wiring.layers[-1] + 1
+    wanted = crosscoder.host.n_layers or _layers_implied(crosscoder)
     if wanted is not None and wanted != host.n_layers:
         raise AttachError(f"this crosscoder is for a model of {wanted} layers, but the model has {host.n_layers}")
     if wiring.layers[-1] >= host.n_layers:
@@ -127,6 +125,13 @@ def _check_dimensions(crosscoder: Crosscoder, host: HostModel) -> None:
     for site, width in crosscoder.layout.widths:
         if width != host.d_model:
             raise AttachError(f"this crosscoder has width {width} at {site}, but the model's d_model is {host.d_model}")
+
+
+def _layers_implied(crosscoder: Crosscoder) -> int | None:
+    """Return how many layers a model has whose MLPs, from the first on, are all covered; None for one or a choice."""
+    wiring = crosscoder.wiring
+    from_the_first = wiring.writes_mlps_only and wiring.n_layers == wiring.layers[-1] + 1
+    return wiring.n_layers if from_the_first and wiring.n_layers > 1 and not crosscoder.is_partial else None
 
 
 def _check_mode(crosscoder: Crosscoder, mode: str) -> None:
