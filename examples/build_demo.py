@@ -8,7 +8,7 @@ Stages:
 ``tokenizer``
     A byte-level BPE tokenizer of 2,048 tokens.
 ``language-model``
-    A GPT-2 of four layers, trained on the corpus; about fifteen minutes on two processor cores.
+    A GPT-2 of four layers, trained on the corpus; half an hour with one thread on a busy two-core machine.
 
 The results go to ``src/clt_plugin/demo/assets`` unless ``--output`` names another folder. A seed gives
 the same result each time on one machine with the same versions and the same number of threads.

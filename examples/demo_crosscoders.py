@@ -39,6 +39,8 @@ class Recipe:
     learning_rate: float = 2e-3  # of Adam; warmed up over 50 steps, and falling to 0 over the last fifth
     target_l0: float = 18.0  # active latents a token and layer
     l0_weight: float = 0.1  # of the penalty for missing the target; rises to this over the first 70% of the steps
+    frequent: float = 0.05  # a latent that fires on more than this share of tokens ...
+    frequent_weight: float = 1.0  # ... is pushed to fire less, with this weight, which rises alike
     bandwidth: float = 0.5  # of the straight-through gradient of the thresholds
     encoder_norm: float = 1.0  # of each encoder vector, at the start
     decoder_norm: float = 0.6  # of each latent's decoder vectors as one, at the start
@@ -234,9 +236,13 @@ def train_crosscoder(
             acts = jumprelu(near, its_threshold, recipe.bandwidth)
             features.append(SparseGroup(token, latent, acts, recipe.n_latents))
 
-            l0 = step(near, its_threshold, recipe.bandwidth).sum() / recipe.batch
-            penalty += recipe.l0_weight * min(1, progress / 0.7) * (l0 - recipe.target_l0) ** 2 * 2 / recipe.target_l0
-            n_active.append(l0.item())
+            fires = step(near, its_threshold, recipe.bandwidth)
+            rates = torch.zeros(recipe.n_latents).index_add(0, latent, fires) / recipe.batch
+            missed = (rates.sum() - recipe.target_l0) ** 2 * 2 / recipe.target_l0
+            too_often = F.relu(rates - recipe.frequent).sum()
+            rising = min(1, progress / 0.7)
+            penalty += rising * (recipe.l0_weight * missed + recipe.frequent_weight * too_often)
+            n_active.append(rates.sum().item())
 
             silent[g] += recipe.batch
             silent[g][latent[acts > 0]] = 0

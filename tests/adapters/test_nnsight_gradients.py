@@ -176,8 +176,9 @@ def test_a_trainable_model_and_crosscoder(made: dict, mode: str) -> None:
 @pytest.mark.parametrize("mode", REPLACING)
 @pytest.mark.parametrize("point", ["enc_in", "pre_acts", "features", "recon"])
 def test_an_edit_in_place_of_what_autograd_keeps(point: str, mode: str) -> None:
-    clt, ids = make_clt(activation="jumprelu").requires_grad_(), token_ids()
-    model = nnsight_model(make_model("gpt2").requires_grad_())
+    # JumpReLU keeps its input for the backward pass, ReLU its output.
+    clt = make_clt(activation="relu" if point == "features" else "jumprelu").requires_grad_()
+    ids, model = token_ids(), nnsight_model(make_model("gpt2").requires_grad_())
 
     def change(layer: int, value: Tensor) -> Tensor:
         if layer == 1:

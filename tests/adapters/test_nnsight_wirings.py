@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from clt_plugin import AttachError, Crosscoder, Wiring
+from clt_plugin import AttachError, Crosscoder, Site, Wiring
 from support.crosscoders import make_clt
 from support.models import N_LAYERS, make_model, nnsight_model
 from support.reference import labels_of, reference_run
-from support.tracing import MODES, Fingerprint, assert_close, assert_points, left_padded, read_points, token_ids
+from support.tracing import MODES, Fingerprint, assert_close, assert_points, inner, left_padded, read_points, token_ids
 
 PROMPTS = ("w2 w3 w4 w5 w6", "w7 w8", "w9 w10 w11")
 
@@ -109,6 +109,33 @@ def test_two_groups_at_home_in_one_layer() -> None:
     assert_close(first, expected["features"][1])
     assert_close(recon, expected["recon"][1])
     assert_close(logits, expected["logits"])
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_a_group_that_misses_one_of_its_reads_is_silent(skipped: int) -> None:
+    reads = [Site("model", "mlp_in", layer) for layer in (0, 1)]
+    writes = [Site("model", "mlp_out", layer) for layer in (1, 2)]
+    clt = make_clt(Wiring((tuple(reads),), (tuple(writes),)))
+    model, ids, hf = nnsight_model("gpt2"), token_ids(), make_model("gpt2")
+    inner(hf, skipped).forward = lambda x, *args, **kwargs: x
+    expected = reference_run(hf, ids, clt)
+    assert expected["features"] == {}
+    model.add_clt(clt)
+    with model.trace(ids):
+        model.transformer.h[skipped].skip(model.transformer.h[skipped].input)
+        recon = model.clt.layers[2].recon.output.save()
+        logits = model.output.logits.save()
+    assert_close(recon, clt.bias(writes[1]).expand_as(recon))
+    assert_close(logits, expected["logits"])
+
+
+def test_observing_decodes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = nnsight_model("gpt2"), token_ids()
+    monkeypatch.setattr(Crosscoder, "decode_group", lambda *_: pytest.fail("decoded for nothing"))
+    model.add_clt(make_clt(), "observe")
+    with model.trace(ids):
+        acts = model.clt.layers[1].features.output.save()
+    assert acts.any()
 
 
 def test_groups_of_different_sizes() -> None:

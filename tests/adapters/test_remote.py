@@ -34,7 +34,7 @@ CASES = (
 
 
 def python(script: str, folder: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": f"{TESTS}{os.pathsep}{SOURCES.parent}", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-W", "error", str(TESTS / "support" / script), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

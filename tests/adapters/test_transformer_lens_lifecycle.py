@@ -118,7 +118,10 @@ def test_a_run_leaves_nothing_behind(bridge, ends):
     clt = make_clt(read="resid_mid")
     bridge.add_clt(clt)
     alive = []
-    bridge.add_perma_hook(lambda name: ".clt." in name, lambda value, hook: alive.append(weakref.ref(value)))
+    bridge.add_perma_hook(
+        lambda name: ".clt." in name or name.endswith("ln2.hook_in"),
+        lambda value, hook: alive.append(weakref.ref(value)),
+    )
     if ends in FAILING:
         with pytest.raises(RuntimeError, match="mine"):
             bridge.run_with_hooks(IDS, fwd_hooks=[(ends, boom)])

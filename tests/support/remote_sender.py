@@ -6,6 +6,7 @@ which gets ``{case}.request`` and ``{case}.expected`` for each case.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,7 @@ def main(folder: Path) -> None:
         torch.save(run(model, token_ids(), folder, None), folder / f"{name}.expected")
         torch.manual_seed(0)
         run(model, token_ids(), folder, ToFile(folder / f"{name}.request"))
+    shutil.rmtree(folder / "clt")  # a server has no file of the client's
 
 
 if __name__ == "__main__":

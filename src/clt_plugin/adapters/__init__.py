@@ -45,15 +45,15 @@ class _AddCLT:
         """
         libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
         if "transformer_lens" in libraries:
-            from clt_plugin.adapters.transformer_lens import add_clt
+            from clt_plugin.adapters import transformer_lens as adapter
         elif "nnsight" in libraries:
-            from clt_plugin.adapters.nnsight import add_clt
+            from clt_plugin.adapters import nnsight as adapter  # type: ignore[no-redef]
         else:
             raise AttachError(
                 f"add_clt takes an nnsight model or a TransformerBridge, not {type(model).__name__}: wrap a "
                 "transformers model in nnsight.modeling.transformers.TransformersModel(model, tokenizer=...) first"
             )
-        return add_clt(model, clt, mode, name, layers=layers, features=features)
+        return adapter.add_clt(model, clt, mode, name, layers=layers, features=features)
 
     def __reduce__(self) -> Any:
         # Only nnsight runs code on other machines: what travels is its function alone.

@@ -129,44 +129,45 @@ class Run:
         """Whether anything is to be written at a site: once a pass, and not where all that would write was skipped."""
         return self.mode != "observe" and bool(self.inputs) and site not in self.written
 
-    def output(self, site: Site, like: Tensor, visit: Visit, true: Tensor | None = None) -> Tensor:
+    def output(self, site: Site, own: Tensor, visit: Visit) -> Tensor:
         """Return what takes the place of an MLP's output.
 
         Args:
             site: The written site.
-            like: A tensor of the output's shape, dtype and device.
+            own: The model's own output, (batch, position, d); unless `keeps_some_outputs`, any tensor of its shape,
+                dtype and device.
             visit: Passes points through the library.
-            true: The model's own output, (batch, position, d); needed where `keeps_some_outputs`.
 
         Returns:
-            (batch, position, d), in the dtype and on the device of ``like``.
+            (batch, position, d), in the dtype and on the device of ``own``.
         """
         self.written.add(site)
-        y = self._reconstruction(site, like)
+        y = self._reconstruction(site, own.shape[:-1])
         if self.mode == "replace_with_error":
             # In float32 at least: then the two cancel, and without an edit the output is the model's own.
             wide = torch.promote_types(y.dtype, torch.float32)
             with torch.no_grad():
                 natural = y - self.edits.pop(site) if site in self.edits else y
-                error = true.to(y.device, wide) - natural.to(wide)
+                error = own.to(y.device, wide) - natural.to(wide)
             y = visit("recon", y) + visit("error", error)
         else:
             y = visit("recon", y)
-        y = y.to(device=like.device, dtype=like.dtype)
+        y = y.to(device=own.device, dtype=own.dtype)
         if self.mode == "replace" and self.excluded is not None:
-            y = torch.where(self.excluded.to(like.device)[..., None], true, y)
+            y = torch.where(self.excluded.to(own.device)[..., None], own, y)
         return y
 
-    def _reconstruction(self, site: Site, like: Tensor) -> Tensor:
+    def _reconstruction(self, site: Site, shape: tuple[int, ...]) -> Tensor:
         """Return the bias, the skip and what groups have decoded so far for a site, (batch, position, d)."""
         crosscoder = self.crosscoder
-        y = crosscoder.bias(site).expand(*like.shape[:-1], -1).clone()
+        y = crosscoder.bias(site).expand(*shape, -1).clone()
         if site in self.decoded:
             y = y + self.decoded.pop(site)
-        # As with features, what a skipped layer would have read counts for nothing.
-        reads = [read for read, write in crosscoder.wiring.skips if write == site and read in self.inputs]
-        if reads:
-            y = y + crosscoder.skip(site, {reads[0]: self.inputs[reads[0]].to(crosscoder.device)})
+        for read, write in crosscoder.wiring.skips:
+            # As with features, what a skipped layer would have read counts for nothing.
+            if write == site and read in self.inputs:
+                skip = crosscoder.skip(site, {read: self.inputs[read].to(crosscoder.device)})
+                y = y if skip is None else y + skip
         return y
 
     def _activate(self, group: int, h: Tensor) -> Tensor:

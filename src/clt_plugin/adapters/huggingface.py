@@ -53,11 +53,11 @@ class HostModel:
         row = architecture_of(text)
         for path in row.blocks:
             try:
-                n_layers = len(model.get_submodule(path))
+                blocks: Any = model.get_submodule(path)
             except AttributeError:
                 continue
             name = str(getattr(config, "name_or_path", "") or "")
-            return cls(row, is_parallel(row, text), path, n_layers, text.hidden_size, name)
+            return cls(row, is_parallel(row, text), path, len(blocks), text.hidden_size, name)
         raise AttachError(f"{type(model).__name__} keeps its blocks at none of {', '.join(row.blocks)}")
 
 
@@ -137,7 +137,7 @@ def _layers_implied(crosscoder: Crosscoder) -> int | None:
 def _check_mode(crosscoder: Crosscoder, mode: str) -> None:
     activation = crosscoder.activation
     if activation.has_batch_threshold:
-        unmeasured = crosscoder.training or any(bool(t.isnan()) for t in crosscoder.threshold)
+        unmeasured = crosscoder.training or any(bool(t.isnan()) for t in crosscoder.threshold or ())
         if unmeasured:
             raise AttachError(
                 "in training mode, or before its threshold is measured, BatchTopK selects over the whole batch: call "

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -242,7 +243,7 @@ def drive(model: Envoy, clt: Crosscoder, mode: str, points: CLTEnvoy, host: Host
             visit = visitor(str(layer))
             if run.keeps_some_outputs:
                 true = target.output
-                target.output = run.output(site, true, visit, true)
+                target.output = run.output(site, true, visit)
             elif _shares_batch(model, group):
                 # A skip would have to cover every row of the batch, and this crosscoder has only some of them.
                 target.output = run.output(site, like, visit)
@@ -333,7 +334,7 @@ def _worker() -> Mediator | None:
 
 def _collecting_invokes() -> bool:
     """Whether the code running is the body of a trace() that is collecting its invokes."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code is InterleavingTracer.execute.__code__:
             return True

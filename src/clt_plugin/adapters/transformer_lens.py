@@ -10,6 +10,7 @@ the original need not run. The crosscoder's own hook points stand in the bridge'
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,7 +195,7 @@ class _Attached:
         point = component.hook_in if place.side == "input" else component.hook_out
         self._last(component, point, lambda value: self._take(site, value))
 
-    def _read_normalised(self, site: Site, norm: nn.Module) -> None:
+    def _read_normalised(self, site: Site, norm: Any) -> None:
         """Take a norm's input once normalised.
 
         The bridge has it too, at ``hook_normalized``, but without gradients: unless someone's hook there, or on the
@@ -247,10 +248,7 @@ class _Attached:
         def output(like: Tensor, original: Callable[[], Tensor]) -> Tensor:
             if not run.ready(site):
                 return original()
-            if not run.keeps_some_outputs:
-                return run.output(site, like, visit)
-            true = original()
-            return run.output(site, true, visit, true)
+            return run.output(site, original() if run.keeps_some_outputs else like, visit)
 
         def skip(x: Tensor, original: Callable[[], Tensor]) -> Tensor:
             return torch.zeros_like(x) if run.ready(site) and not run.keeps_some_outputs else original()
@@ -268,14 +266,14 @@ class _Attached:
 
     def _shadow(self, module: nn.Module, instead: Callable[[Tensor, Callable[[], Tensor]], Tensor]) -> None:
         """Shadow a module's forward on the instance: neither its class nor the tree of modules changes."""
-        original = module.forward
+        original: Callable[..., Tensor] = module.forward
         self._put(
             module.__dict__, "forward", lambda x, *args, **kwargs: instead(x, lambda: original(x, *args, **kwargs))
         )
 
     # ---------------------------------------------------------------- the bridge
 
-    def _component(self, layer: int, name: str) -> nn.Module:
+    def _component(self, layer: int, name: str) -> Any:
         """Return the bridge's component for a module of a block, in transformers' names: it stands in its place."""
         block = self.bridge.blocks[layer]
         component = block.original_component.get_submodule(name) if name else block
@@ -292,7 +290,7 @@ class _Attached:
         for method in REFUSED:
             refusal = methods.setdefault(method, _Refusal(method))
             refusal.names.append(self.name)
-            self.undo.append(lambda refusal=refusal: refusal.release(methods, self.name))
+            self.undo.append(partial(refusal.release, methods, self.name))
 
 
 class _LastHook:
