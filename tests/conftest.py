@@ -9,6 +9,7 @@ import sys
 # Before anything imports huggingface_hub, which reads it once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import beartype  # noqa: F401 - before nnsight, after whose import it fails
 import pytest
 import torch
 from hypothesis import settings
@@ -19,7 +20,7 @@ if "clt_plugin.core" in sys.modules:
     raise RuntimeError("clt_plugin.core was imported before its shape checks were installed")
 install_import_hook("clt_plugin.core", "beartype.beartype")
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # on matrices this small, a second thread mostly waits
 settings.register_profile("tidy", deadline=None, derandomize=True, database=None, max_examples=40)
 settings.load_profile("tidy")
 

@@ -45,7 +45,7 @@ def recorded(hf: torch.nn.Module, clt: Crosscoder, ids: Tensor) -> dict:
 def test_any_wiring_observes(name: str) -> None:
     family = "gpt2" if "stream" in name or name.endswith("causal") else "gemma2"
     clt, model, hf, ids = (
-        make_clt(WIRINGS[name], n_layers=N_LAYERS),
+        make_clt(WIRINGS[name]),
         nnsight_model(family),
         make_model(family),
         token_ids(),

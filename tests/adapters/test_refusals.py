@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.testing import assert_close
 
 import clt_plugin as cp
 from clt_plugin import AttachError, Crosscoder, FormatError, Host, Wiring
+from clt_plugin.adapters import huggingface
 from clt_plugin.core.activations import TopK
 from support.crosscoders import make_clt
 from support.models import (
@@ -320,3 +322,17 @@ def test_weights_that_do_not_fit_what_the_config_promised(tmp_path):
         logits_of(model)
     handle.remove()
     assert_close(logits_of(model), other(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("google/gemma-2-2b", "gemma-2-2b"),
+        ("Google/Gemma-2-2B", "gemma-2-2b"),
+        ("/cache/hub/models--google--gemma-2-2b/snapshots/0123abc", "gemma-2-2b"),
+        (str(Path(__file__).parent), ""),
+        ("", ""),
+    ],
+)
+def test_a_models_own_name(name, own):
+    assert huggingface._own_name(name) == own

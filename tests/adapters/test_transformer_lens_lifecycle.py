@@ -80,7 +80,7 @@ def test_a_handle_is_a_context_and_says_what_it_is(bridge):
     traces = traces_in(bridge)
     with bridge.add_clt(clt, mode="observe", name="mine") as handle:
         assert (handle.crosscoder, handle.name, handle.mode) == (clt, "mine", "observe")
-        assert handle.layers["1"] is bridge.blocks[1].mine
+        assert handle.layers[1] is bridge.blocks[1].mine
         assert repr(handle) == "<Crosscoder attached as 'mine', mode='observe'>"
     assert repr(handle) == "<Crosscoder attached as 'mine', mode='observe', removed>"
     assert traces_in(bridge) == traces

@@ -1,4 +1,4 @@
-"""Damaged folders: one clear error that names the file, nothing half-loaded; and writing that is whole or not at all."""
+"""Damaged folders: one clear error that names the file. And writing: whole, or not at all."""
 
 import json
 import os

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import clt_plugin as cp
+from clt_plugin import core
 from clt_plugin.core import Activation
 
 WIRINGS = {
@@ -142,8 +143,6 @@ def test_native_encoders_are_stored_latents_first(tmp_path):
 
 
 def test_third_party_activation_round_trips(tmp_path):
-    from clt_plugin.core import ACTIVATIONS as registry
-
     @dataclasses.dataclass(frozen=True)
     class Square(Activation):
         name = "square"
@@ -152,10 +151,10 @@ def test_third_party_activation_round_trips(tmp_path):
         def __call__(self, h, threshold, scale, training):
             return h.relu() ** self.power
 
-    registry.add("square", Square)
+    core.ACTIVATIONS.add("square", Square)
     try:
         crosscoder = cp.Crosscoder(cp.Wiring.plt(2), 4, 6, "square", power=3)
         crosscoder.save(tmp_path / "x")
         assert cp.load(tmp_path / "x").activation == Square(3)
     finally:
-        registry.remove("square")
+        core.ACTIVATIONS.remove("square")

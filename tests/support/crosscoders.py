@@ -23,12 +23,11 @@ def make_clt(
     n_latents: int = N_LATENTS,
     dtype: torch.dtype = torch.float32,
     exclude_first: int = 0,
-    n_layers: int | None = None,
     **settings: Any,
 ) -> Crosscoder:
     """Make a crosscoder; by default a CLT over all layers, fixed by its seed."""
     wiring = wiring or Wiring.clt(N_LAYERS, read=read, write=write)
-    host = Host(exclude_first=exclude_first, n_layers=n_layers)
+    host = Host(exclude_first=exclude_first)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         clt = Crosscoder(wiring, D_MODEL, n_latents, activation, host=host, **settings)

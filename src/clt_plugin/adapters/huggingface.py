@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,8 +102,8 @@ def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str) -> HostModel
             "gradient checkpointing runs each block twice, and a crosscoder would read both runs: turn it off first, "
             "with model.gradient_checkpointing_disable(), which newer versions call activation_checkpointing_disable()"
         )
-    wanted = crosscoder.host.model_name
-    if wanted and host.name and _stem(wanted) != _stem(host.name):
+    wanted, found = crosscoder.host.model_name, _own_name(host.name)
+    if wanted and found and _own_name(wanted) != found:
         warnings.warn(
             f"this crosscoder was trained for {wanted}, but the model is {host.name}: the dimensions fit, the "
             "features may mean nothing",
@@ -160,9 +161,13 @@ def _check_mode(crosscoder: Crosscoder, mode: str) -> None:
         )
 
 
-def _stem(name: str) -> str:
-    """Return a model's own name: without its owner or folder, and in lower case."""
-    return name.rstrip("/").rsplit("/", 1)[-1].lower()
+def _own_name(name: str) -> str:
+    """Return a model's own name, without its owner and in lower case; "" for a local folder, which tells nothing."""
+    path = Path(name)
+    cached = next((part for part in path.parts if part.startswith("models--")), None)
+    if cached:  # a folder of the Hub's cache: models--owner--name/snapshots/...
+        return cached.rpartition("--")[2].lower()
+    return "" if path.is_dir() else path.name.lower()
 
 
 def excluded_positions(first: int, arguments: dict[str, Any], shape: tuple[int, ...]) -> Tensor | None:

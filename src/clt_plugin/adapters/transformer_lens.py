@@ -75,7 +75,8 @@ def add_clt(
     except BaseException:
         attached.detach()
         raise
-    return Handle(clt, name, mode, attached.points, attached.detach)
+    by_layer = {int(label) if label.isdigit() else label: points for label, points in attached.points.items()}
+    return Handle(clt, name, mode, by_layer, attached.detach)
 
 
 def _check_room(bridge: TransformerBridge, clt: Crosscoder, mode: str, name: str) -> None:
