@@ -9,6 +9,8 @@ Stages:
     A byte-level BPE tokenizer of 2,048 tokens.
 ``language-model``
     A GPT-2 of four layers, trained on the corpus; half an hour with one thread on a busy two-core machine.
+``crosscoders``
+    A cross-layer transcoder and per-layer transcoders for it; about eight minutes.
 
 The results go to ``src/clt_plugin/demo/assets`` unless ``--output`` names another folder. A seed gives
 the same result each time on one machine with the same versions and the same number of threads.
@@ -372,7 +374,14 @@ def update_json(path: Path, **values) -> None:
     path.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-STAGES = {"tokenizer": build_tokenizer, "language-model": build_language_model}
+def build_crosscoders(options: argparse.Namespace) -> None:
+    """Stage ``crosscoders``: see `demo_crosscoders`, which in its turn uses this file."""
+    import demo_crosscoders
+
+    demo_crosscoders.build_crosscoders(options)
+
+
+STAGES = {"tokenizer": build_tokenizer, "language-model": build_language_model, "crosscoders": build_crosscoders}
 
 
 def main() -> None:
@@ -385,6 +394,7 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, default=DEMO / "corpus", help="folder of the text to learn")
     parser.add_argument("--output", type=Path, default=DEMO / "assets", help="folder to write to")
     parser.add_argument("--steps", type=int, default=3600, help="training steps of the language model")
+    parser.add_argument("--crosscoder-steps", type=int, default=3000, help="training steps of each crosscoder")
     parser.add_argument("--threads", type=int, default=1, help="processor threads (default: 1)")
     options = parser.parse_args()
 

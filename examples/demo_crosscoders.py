@@ -34,10 +34,10 @@ class Recipe:
     """How a crosscoder is trained; activations are standardised, so units are those of a mean square of 1."""
 
     n_latents: int = 1536  # of each layer
-    steps: int = 4000
+    steps: int = 3000
     batch: int = 512  # tokens
-    learning_rate: float = 2e-3  # of Adam; warmed up over 50 steps, and falling to 0 over the last fifth
-    target_l0: float = 18.0  # active latents a token and layer
+    learning_rate: float = 3e-3  # of Adam; warmed up over 50 steps, and falling to 0 over the last fifth
+    target_l0: float = 20.0  # active latents a token and layer
     l0_weight: float = 0.1  # of the penalty for missing the target; rises to this over the first 70% of the steps
     frequent: float = 0.05  # a latent that fires on more than this share of tokens ...
     frequent_weight: float = 1.0  # ... is pushed to fire less, with this weight, which rises alike

@@ -105,7 +105,7 @@ def _compare_features(
 
 def _compare_predictions(model: Any, bridge: Any, clt: Crosscoder, result: DemoResult, console: Console) -> None:
     """Show the next token of the plain model and under both modes."""
-    table = Table("", "nnsight", "TransformerLens", title="The next token")
+    table = Table("", "nnsight", "TransformerLens", title="The next token, and the probability of the plain model's")
     for mode in (None, *MODES):
         row: dict[str, Any] = {"mode": mode or "plain model"}
         for library, host in (("nnsight", model), ("TransformerLens", bridge)):
@@ -118,7 +118,7 @@ def _compare_predictions(model: Any, bridge: Any, clt: Crosscoder, result: DemoR
             answer = float(probabilities[_token(model, result.answer)])
             row[library] = {"top": model.tokenizer.decode([top]), "probability": answer}
         result.predictions.append(row)
-        cells = (f"{row[lib]['top']!r}, p({result.answer!r}) = {row[lib]['probability']:.4f}" for lib in list(row)[1:])
+        cells = (f"{row[lib]['top']!r} {row[lib]['probability']:.4f}" for lib in list(row)[1:])
         table.add_row(row["mode"], *cells)
     console.print(table)
 

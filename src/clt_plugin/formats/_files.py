@@ -178,6 +178,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{key} holds values that are not finite (nan or inf): nothing was saved")
     save_file(plain, path)
+    # safetensors makes private files; a saved crosscoder is as readable as any other file.
+    path.chmod(0o666 & ~_umask())
 
 
 @contextmanager
