@@ -158,9 +158,7 @@ def build_tokenizer(options: argparse.Namespace) -> None:
     tokenizer.save_pretrained(folder)
     # The template above already prepends BOS; TransformerLens looks for this entry as well, and older
     # versions of transformers know the class by this name only.
-    update_json(
-        folder / "tokenizer_config.json", add_bos_token=True, tokenizer_class="PreTrainedTokenizerFast"
-    )
+    update_json(folder / "tokenizer_config.json", add_bos_token=True, tokenizer_class="PreTrainedTokenizerFast")
     print(f"tokenizer: {len(tokenizer):,} tokens, saved in {folder.name}/")
 
 
@@ -386,9 +384,7 @@ STAGES = {"tokenizer": build_tokenizer, "language-model": build_language_model, 
 
 def main() -> None:
     """Run the stages asked for, in their order."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", action="append", choices=STAGES, help="a stage to run (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all random numbers (default: 0)")
     parser.add_argument("--corpus", type=Path, default=DEMO / "corpus", help="folder of the text to learn")

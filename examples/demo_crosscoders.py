@@ -255,6 +255,8 @@ def train_crosscoder(
         optimizer.zero_grad()
         (error.sum() + penalty).backward()
         optimizer.step()
+        for threshold in crosscoder.threshold:
+            threshold.data.clamp_(min=0)  # below 0 a latent could fire with a negative activation
         errors.append(error.detach() / y.shape[-1])  # about the fraction of variance unexplained
         if number % 20 == 0:
             bar.set_postfix(fvu=f"{errors[-1].mean():.3f}", l0=" ".join(f"{n:.0f}" for n in n_active))
