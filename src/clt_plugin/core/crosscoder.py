@@ -22,6 +22,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from clt_plugin.core._subset import chosen_groups, subset
@@ -173,7 +174,7 @@ class Crosscoder(nn.Module):
 
     # ---------------------------------------------------------------- encode
 
-    def pre_activations(self, group: int, x: Tensor) -> Tensor:
+    def pre_activations(self, group: int, x: "Float[Tensor, '*batch read']") -> "Float[Tensor, '*batch f']":
         """Return one group's pre-activations.
 
         Args:
@@ -185,7 +186,7 @@ class Crosscoder(nn.Module):
         """
         return product(x.to(self.dtype), self.store, "W_enc", group) + self.b_enc[group]
 
-    def activate(self, group: int, h: Tensor) -> Tensor:
+    def activate(self, group: int, h: "Float[Tensor, '*batch f']") -> "Float[Tensor, '*batch f']":
         """Activate one group's pre-activations, (..., F_g). Not for a jointly selected TopK."""
         if self.activation.joint and (self.training or not self._has_measured_threshold()):
             raise WiringError(
@@ -219,7 +220,7 @@ class Crosscoder(nn.Module):
         groups = tuple(SparseGroup.of(act.reshape(-1, act.shape[-1])) for act in acts)
         return SparseFeatures(groups, shape, stacked)
 
-    def encode_group(self, group: int, x: Tensor) -> Tensor:
+    def encode_group(self, group: int, x: "Float[Tensor, '*batch read']") -> "Float[Tensor, '*batch f']":
         """Encode one group: (..., sum of the widths read) to (..., F_g)."""
         return self.activate(group, self.pre_activations(group, x))
 
@@ -295,20 +296,20 @@ class Crosscoder(nn.Module):
 
     # ---------------------------------------------------------------- weights
 
-    def encoder_vectors(self, group: int, latents: Tensor | None = None) -> Tensor:
+    def encoder_vectors(self, group: int, latents: Tensor | None = None) -> "Float[Tensor, 'n read']":
         """Return encoder vectors, (n, sum of the widths read), of the latents given or of all."""
         return self.store.get("W_enc", group, latents)
 
-    def decoder_vectors(self, group: int, latents: Tensor | None = None) -> Tensor:
+    def decoder_vectors(self, group: int, latents: Tensor | None = None) -> "Float[Tensor, 'n write']":
         """Return decoder vectors, (n, sum of the widths written), of the latents given or of all."""
         return self.store.get("W_dec", group, latents)
 
-    def encoder_view(self, group: int) -> Tensor:
+    def encoder_view(self, group: int) -> "Float[Tensor, 'reads d f']":
         """Return an encoder as (n_reads, d, F), where the widths read are equal."""
         weight = self.encoder_vectors(group)
         return weight.T.unflatten(0, (len(self.wiring.reads[group]), -1))
 
-    def decoder_view(self, group: int) -> Tensor:
+    def decoder_view(self, group: int) -> "Float[Tensor, 'f writes d']":
         """Return a decoder as (F, n_writes, d), where the widths written are equal; for a CLT (F, L - l, d)."""
         return self.decoder_vectors(group).unflatten(1, (len(self.wiring.writes[group]), -1))
 

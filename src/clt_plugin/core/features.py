@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -98,7 +99,13 @@ def stack_groups(tensors: Sequence[Tensor]) -> Tensor | tuple[Tensor, ...]:
     return torch.stack(tensors) if len({tensor.shape for tensor in tensors}) == 1 else tensors
 
 
-def weighted_row_sum(rows: Tensor, tokens: Tensor, indices: Tensor, values: Tensor, n_tokens: int) -> Tensor:
+def weighted_row_sum(
+    rows: "Float[Tensor, 'r out']",
+    tokens: "Int[Tensor, ' n']",
+    indices: "Int[Tensor, ' n']",
+    values: "Float[Tensor, ' n']",
+    n_tokens: int,
+) -> "Float[Tensor, 't out']":
     """Sum ``values[i] * rows[indices[i]]`` into row ``tokens[i]`` of the result.
 
     Args:
