@@ -105,7 +105,7 @@ def _compare_features(
 
 def _compare_predictions(model: Any, bridge: Any, clt: Crosscoder, result: DemoResult, console: Console) -> None:
     """Show the next token of the plain model and under both modes."""
-    table = Table("", "nnsight", "TransformerLens", title="The next token, and the probability of the plain model's")
+    table = Table("", "nnsight", "TransformerLens")
     for mode in (None, *MODES):
         row: dict[str, Any] = {"mode": mode or "plain model"}
         for library, host in (("nnsight", model), ("TransformerLens", bridge)):
@@ -120,6 +120,7 @@ def _compare_predictions(model: Any, bridge: Any, clt: Crosscoder, result: DemoR
         result.predictions.append(row)
         cells = (f"{row[lib]['top']!r} {row[lib]['probability']:.4f}" for lib in list(row)[1:])
         table.add_row(row["mode"], *cells)
+    table.title = f"The next token, and the probability of {result.answer!r}"
     console.print(table)
 
 
