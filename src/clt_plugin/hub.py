@@ -70,6 +70,9 @@ def load(
         lazy: True reads headers and biases now and weights when they are needed: encoders one at a time, decoders by
             the rows of active features. ``"auto"`` does so where the weights exceed 40% of the free memory.
 
+    Returns:
+        The crosscoder, in eval mode and frozen: call ``requires_grad_()`` to train it further.
+
     Raises:
         FormatError: The folder is incomplete or damaged, or in no known format; nothing is half-loaded.
     """

@@ -442,15 +442,21 @@ def test_what_does_not_fit_is_refused_inside_a_trace_too() -> None:
     assert_plain(model, ids)
 
 
-def test_the_handle_of_a_trace_has_nothing_to_remove() -> None:
+def test_the_handle_of_a_trace_says_that_it_cannot_be_removed() -> None:
     model, ids, clt = nnsight_model("gpt2"), token_ids(), make_clt()
     before = Fingerprint(model)
     with model.trace(ids):
         handle = model.add_clt(clt).save()
         acts = handle.layers[1].features.output.save()
-        handle.remove()
+        said = repr(handle).save()
+        try:
+            handle.remove()
+        except AttachError as error:
+            refusal = str(error).save()
         logits = model.output.logits.save()
     expected = reference_run(make_model("gpt2"), ids, clt)
     assert_close(acts, expected["features"][1])
     assert_close(logits, expected["logits"])
+    assert "until its run ends" in refusal
+    assert said.endswith("for one run>")
     before.assert_unchanged()

@@ -48,7 +48,42 @@ def test_stored_norms_rank_in_place_of_measured_ones():
             weight *= torch.rand(len(weight), 1)
     same(cc.encode(x), measured)
     same(pickle.loads(pickle.dumps(cc)).stored_norms, own)
-    same(cc.select(features={1: [4, 2]}).stored_norms, [own[0], own[1][[4, 2]], own[2]])
+    same(cc.select(layers=[0, 2]).stored_norms, [own[0], own[2]])
+
+
+@pytest.mark.parametrize(
+    ("activation", "choice"),
+    [
+        ("topk-group-activation", {"features": {1: [4, 2]}}),
+        ("topk-joint-activation", {"layers": [1]}),
+        ("topk-joint-activation", {"features": {1: [4, 2]}}),
+        ("batchtopk-group-activation", {"features": {1: [4, 2]}}),
+    ],
+)
+def test_a_selection_of_latents_that_compete_is_refused(activation, choice):
+    with pytest.raises(WiringError, match="ranks latents against those that would be left out"):
+        build("clt", activation).select(**choice)
+
+
+def test_a_measured_threshold_allows_any_selection():
+    cc = build("clt", "batchtopk-joint-activation")
+    x = inputs(cc)
+    cc.estimate_threshold(x)
+    cc.eval()
+    part, kept = cc.select(layers=[1], features={1: [4, 2]}), cc.encode(x)[1][..., [4, 2]]
+    same(part.encode({site: x[site] for site in part.wiring.read_sites}), [kept])
+
+
+def test_views_need_equal_widths():
+    cc = Crosscoder(Wiring.model_diff(["a", "b"], 3), {"a": 8, "b": 24}, 5)
+    for view in (cc.decoder_view, cc.encoder_view):
+        with pytest.raises(WiringError, match=r"differ in width \(a:resid_post.3 8, b:resid_post.3 24\)"):
+            view(0)
+
+
+def test_a_frozen_crosscoder_stays_frozen():
+    cc = build("clt with skips" if "clt with skips" in WIRINGS else "clt").requires_grad_(False)
+    assert not any(parameter.requires_grad for parameter in cc.select(layers=[0, 1]).parameters())
 
 
 def test_views_of_a_clt():

@@ -166,7 +166,7 @@ def test_circuit_tracer_config_wrong(tmp_path, content, words):
 
 
 def test_no_folder_and_no_format(tmp_path):
-    refused(tmp_path / "nowhere", "no folder nowhere", "hf://")
+    refused(tmp_path / "nowhere", f"no folder {tmp_path / 'nowhere'}", "hf://")
     (tmp_path / "notes.txt").write_text("hello")
     refused(tmp_path, "no known format", "notes.txt")
 
@@ -255,3 +255,22 @@ def test_what_circuit_tracer_cannot_hold(tmp_path, make, reason):
     with pytest.raises(cp.FormatError, match=reason):
         make().save(tmp_path / "x", format="circuit-tracer")
     assert os.listdir(tmp_path) == []
+
+
+def test_lazy_is_yes_no_or_auto(tmp_path):
+    cp.Crosscoder(cp.Wiring.clt(2), 4, 6).save(tmp_path / "x")
+    with pytest.raises(ValueError, match="lazy must be True, False or 'auto', not 'never'"):
+        cp.load(tmp_path / "x", lazy="never")
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_what_is_loaded_is_frozen(tmp_path, lazy):
+    cp.Crosscoder(cp.Wiring.clt(2).with_skips(), 4, 6, "jumprelu").save(tmp_path / "x")
+    clt = cp.load(tmp_path / "x", lazy=lazy)
+    assert not any(parameter.requires_grad for parameter in (*clt.parameters(), *clt.materialize().parameters()))
+
+
+def test_lazy_weights_say_where_to_find_them(tmp_path):
+    cp.Crosscoder(cp.Wiring.clt(2), 4, 6).save(tmp_path / "x")
+    with pytest.raises(AttributeError, match="decoder_vectors or materialize"):
+        _ = cp.load(tmp_path / "x", lazy=True).W_dec

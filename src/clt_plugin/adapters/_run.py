@@ -6,6 +6,7 @@ passes each value through its library's points by way of ``visit``; the arithmet
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -78,6 +79,8 @@ class Run:
         """
         self.clear()
         self.excluded = excluded
+        if self.crosscoder.training and self.crosscoder.activation.has_batch_threshold:
+            raise AttachError("BatchTopK in training mode selects over the whole batch: call eval() on the crosscoder")
 
     def read(self, site: Site, value: Tensor) -> None:
         """Take what a site holds, (batch, position, d); a block entered twice in a pass counts once."""
@@ -95,18 +98,22 @@ class Run:
         parts = [self.inputs[site] for site in reads]
         x = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
         # Points get copies: an edit in place must not reach into the residual stream, or into what is compared below.
-        x_seen = visit("enc_in", x.clone())
+        x_seen = _shown(visit, "enc_in", x.clone())
         h = crosscoder.pre_activations(group, x_seen.to(crosscoder.device))
-        h_seen = visit("pre_acts", h.clone())
+        h_seen = _shown(visit, "pre_acts", h.clone())
         acts = self._activate(group, h_seen)
         if self.mode == "replace_with_error":
             natural = self._natural(group, x, x_seen, h, h_seen, acts)
         # Some activation functions keep their output for the backward pass, which an edit in place would spoil.
-        acts = visit("features", acts.clone() if acts.requires_grad else acts)
+        acts = _shown(visit, "features", acts.clone() if acts.requires_grad else acts)
         if self.mode == "observe":
             return
+        if crosscoder.is_partial and acts.requires_grad:
+            acts.register_hook(_warn_of_missing_paths)
         _accumulate(self.decoded, crosscoder.decode_group(group, acts))
-        if self.mode == "replace_with_error" and _differ(acts, natural):
+        if self.mode == "replace" and self.excluded is not None:
+            natural = acts.masked_fill(self.excluded.to(acts.device)[..., None], 0)
+        if self.keeps_some_outputs and _differ(acts, natural):
             with torch.no_grad():
                 _accumulate(self.edits, crosscoder.decode_group(group, acts - natural))
 
@@ -143,19 +150,19 @@ class Run:
         """
         self.written.add(site)
         y = self._reconstruction(site, own.shape[:-1])
+        if not self.keeps_some_outputs:
+            return _shown(visit, "recon", y).to(device=own.device, dtype=own.dtype)
+        # In float32 at least: then the two cancel, and without an edit the output is the model's own.
+        wide = torch.promote_types(y.dtype, torch.float32)
+        with torch.no_grad():
+            natural = y - self.edits.pop(site) if site in self.edits else y
+            error = own.to(y.device, wide) - natural.to(wide)
+        y = _shown(visit, "recon", y)
         if self.mode == "replace_with_error":
-            # In float32 at least: then the two cancel, and without an edit the output is the model's own.
-            wide = torch.promote_types(y.dtype, torch.float32)
-            with torch.no_grad():
-                natural = y - self.edits.pop(site) if site in self.edits else y
-                error = own.to(y.device, wide) - natural.to(wide)
-            y = visit("recon", y) + visit("error", error)
-        else:
-            y = visit("recon", y)
-        y = y.to(device=own.device, dtype=own.dtype)
-        if self.mode == "replace" and self.excluded is not None:
-            y = torch.where(self.excluded.to(own.device)[..., None], own, y)
-        return y
+            y = y + _shown(visit, "error", error)
+        elif self.excluded is not None:
+            y = torch.where(self.excluded.to(y.device)[..., None], y + error, y)
+        return y.to(device=own.device, dtype=own.dtype)
 
     def _reconstruction(self, site: Site, shape: tuple[int, ...]) -> Tensor:
         """Return the bias, the skip and what groups have decoded so far for a site, (batch, position, d)."""
@@ -175,6 +182,23 @@ class Run:
         if self.excluded is None:
             return acts
         return acts.masked_fill(self.excluded.to(acts.device)[..., None], 0)
+
+
+def _shown(visit: Visit, name: str, value: Tensor) -> Tensor:
+    """Show a value at a point; an edit that would broadcast, and so mean something else, is refused."""
+    seen, shape = visit(name, value), tuple(value.shape)
+    if not isinstance(seen, Tensor) or tuple(seen.shape) != shape:
+        found = tuple(seen.shape) if isinstance(seen, Tensor) else type(seen).__name__
+        raise AttachError(f"{name} has shape {shape}, but was set to {found}: assign a tensor of that shape")
+    return seen
+
+
+def _warn_of_missing_paths(grad: Tensor) -> None:
+    warnings.warn(
+        "this gradient was taken through a selection of a crosscoder's layers or features: edits of them are exact, "
+        "but gradients lack the paths through what was left out; attach the whole for gradients",
+        stacklevel=2,
+    )
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:

@@ -157,7 +157,7 @@ def _check_mode(crosscoder: Crosscoder, mode: str) -> None:
     if mode == "replace" and crosscoder.is_partial:
         raise AttachError(
             "this crosscoder is a selection of layers or features, whose reconstruction is not the whole's: use "
-            "mode='replace_with_error', where edits are exact, or mode='observe'"
+            "mode='replace_with_error', where edits are exact (gradients are not), or mode='observe'"
         )
 
 

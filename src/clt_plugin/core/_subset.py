@@ -35,6 +35,12 @@ def chosen_groups(
             if len(kept) == 0 or bool(((kept < 0) | (kept >= whole.group_sizes[g])).any()):
                 raise WiringError(f"layer {home[g]} has features 0 to {whole.group_sizes[g] - 1}")
             latents[g] = kept
+    competing = whole.activation.ranks and (whole.training or not whole.has_measured_threshold)
+    if competing and (latents or (whole.activation.joint and len(groups) < whole.wiring.n_groups)):
+        raise WiringError(
+            f"{whole.activation} ranks latents against those that would be left out, so a selection would activate "
+            "others than the whole does: select whole groups (scope 'group'), or use a crosscoder with thresholds"
+        )
     return groups, latents
 
 
@@ -69,7 +75,8 @@ def subset(whole: Crosscoder, wiring: Wiring, groups: Sequence[int], latents: Ma
     return part
 
 
-def _own(tensor: Tensor, requires_grad: bool = True) -> nn.Parameter:
+def _own(tensor: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
+    requires_grad = tensor.requires_grad if requires_grad is None else requires_grad
     # Contiguous, as safetensors and the encoder's (read width, F) rows want it.
     return nn.Parameter(tensor.detach().clone(memory_format=torch.contiguous_format), requires_grad)
 

@@ -151,6 +151,11 @@ class Activation:
         return False
 
     @property
+    def ranks(self) -> bool:
+        """Whether latents compete, so that what one does depends on which others there are."""
+        return False
+
+    @property
     def ranks_by_decoder_norm(self) -> bool:
         """Whether latents are ranked by activation times decoder norm."""
         return False
@@ -239,6 +244,11 @@ class _Ranked(Activation):
             raise WiringError(f"scope must be 'group' or 'joint', not {self.scope!r}")
         if self.score not in ("activation", "decoder_norm"):
             raise WiringError(f"score must be 'activation' or 'decoder_norm', not {self.score!r}")
+
+    @property
+    def ranks(self) -> bool:
+        """Whether latents compete: always, outside a measured threshold."""
+        return True
 
     @property
     def joint(self) -> bool:

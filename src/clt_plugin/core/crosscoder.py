@@ -36,7 +36,7 @@ from clt_plugin.core.features import (
     stack_groups,
 )
 from clt_plugin.core.host import Host, Sites
-from clt_plugin.core.store import LazyStore, MemoryStore, Store, product
+from clt_plugin.core.store import KINDS, LazyStore, MemoryStore, Store, product
 from clt_plugin.core.wiring import Layout, Site, Wiring
 
 NORM_KINDS = ("concatenated", "separate", "per_write")
@@ -155,6 +155,11 @@ class Crosscoder(nn.Module):
         return self.group_sizes[0] if len(set(self.group_sizes)) == 1 else self.group_sizes
 
     @property
+    def has_measured_threshold(self) -> bool:
+        """Whether BatchTopK's thresholds were measured, so that it can run outside training."""
+        return self.activation.has_batch_threshold and not any(bool(t.isnan()) for t in self.threshold or ())
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the parameters, in which encoding and decoding are done."""
         return self.b_dec[0].dtype
@@ -188,10 +193,10 @@ class Crosscoder(nn.Module):
 
     def activate(self, group: int, h: "Float[Tensor, '*batch f']") -> "Float[Tensor, '*batch f']":
         """Activate one group's pre-activations, (..., F_g). Not for a jointly selected TopK."""
-        if self.activation.joint and (self.training or not self._has_measured_threshold()):
+        if self.activation.joint and (self.training or not self.has_measured_threshold):
+            way_out = ", or call estimate_threshold(x) and eval()" if self.activation.has_batch_threshold else ""
             raise WiringError(
-                f"{self.activation} selects over all groups together: encode them together with encode(x), or "
-                "turn the selection into a per-token threshold with estimate_threshold(x) and eval()"
+                f"{self.activation} selects over all groups together: encode them together with encode(x){way_out}"
             )
         return self.activation(h, self._threshold(group), self._score_scale(group), self.training)
 
@@ -199,7 +204,8 @@ class Crosscoder(nn.Module):
         """Encode what is read into features.
 
         Args:
-            x: Stacked (n_read_sites, ..., d), for a CLT (n_layers, ..., d); or {site: (..., d_site)}.
+            x: Stacked (n_read_sites, ..., d), for a CLT (n_layers, ..., d); or {site: (..., d_site)}. Tensors carry no
+                positions: leave out those that ``host.exclude_first`` excludes, as a model with it attached does.
             sparse: Return `SparseFeatures`, which hold the active latents alone: each group is made sparse before
                 the next is encoded.
 
@@ -306,11 +312,12 @@ class Crosscoder(nn.Module):
 
     def encoder_view(self, group: int) -> "Float[Tensor, 'reads d f']":
         """Return an encoder as (n_reads, d, F), where the widths read are equal."""
-        weight = self.encoder_vectors(group)
-        return weight.T.unflatten(0, (len(self.wiring.reads[group]), -1))
+        self._check_equal_widths(self.wiring.reads[group])
+        return self.encoder_vectors(group).T.unflatten(0, (len(self.wiring.reads[group]), -1))
 
     def decoder_view(self, group: int) -> "Float[Tensor, 'f writes d']":
         """Return a decoder as (F, n_writes, d), where the widths written are equal; for a CLT (F, L - l, d)."""
+        self._check_equal_widths(self.wiring.writes[group])
         return self.decoder_vectors(group).unflatten(1, (len(self.wiring.writes[group]), -1))
 
     def decoder_norms(self, group: int, kind: str = "concatenated") -> Tensor:
@@ -337,7 +344,7 @@ class Crosscoder(nn.Module):
         it selects the same latents.
 
         Args:
-            x: As for `encode`; more tokens give a better estimate.
+            x: As for `encode`, without excluded positions; more tokens give a better estimate.
         """
         if not self.activation.has_batch_threshold:
             raise WiringError(f"{self.activation} has no measured threshold: only BatchTopK does")
@@ -372,8 +379,8 @@ class Crosscoder(nn.Module):
     ) -> Crosscoder:
         """Return a smaller crosscoder, in memory, with some of the groups or latents; what it keeps is exact.
 
-        Decoder biases and skips of the sites still written are kept, so encoding, and the change that an edit
-        of a kept feature makes, are those of the whole. The reconstruction is not: see `is_partial`.
+        Encoding, and the change that an edit of a kept feature makes, are those of the whole. The reconstruction
+        is not, see `is_partial`, and in a model neither are gradients: paths through what is left out are missing.
 
         Args:
             layers: Keep the groups at home in these layers.
@@ -412,6 +419,13 @@ class Crosscoder(nn.Module):
             return self.materialize().__reduce__()
         return (_new_crosscoder, (type(self),), self.__dict__)
 
+    def __getattr__(self, name: str) -> Any:
+        if name in KINDS and self.__dict__.get("_lazy_store") is not None:
+            raise AttributeError(
+                f"{name} of a lazy crosscoder is not in memory: use encoder_vectors, decoder_vectors or materialize()"
+            )
+        return nn.Module.__getattr__(self, name)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Crosscoder:
         if self._lazy_store is not None:
             probe = fn(torch.empty(0, dtype=self.dtype, device=self.device))
@@ -420,11 +434,14 @@ class Crosscoder(nn.Module):
 
     # ---------------------------------------------------------------- inside
 
+    def _check_equal_widths(self, sites: Sequence[Site]) -> None:
+        widths = {site: self.layout.width[site] for site in sites}
+        if len(set(widths.values())) > 1:
+            shown = ", ".join(f"{site} {width}" for site, width in widths.items())
+            raise WiringError(f"the sites differ in width ({shown}), so there is no such view: use layout's slices")
+
     def _threshold(self, group: int) -> Tensor | None:
         return None if self.threshold is None else self.threshold[group]
-
-    def _has_measured_threshold(self) -> bool:
-        return self.activation.has_batch_threshold and not any(bool(t.isnan()) for t in self.threshold or ())
 
     def _score_scale(self, group: int) -> Tensor | None:
         if not self.activation.ranks_by_decoder_norm:
@@ -436,6 +453,8 @@ class Crosscoder(nn.Module):
     def _inputs(self, x: Tensor | Mapping[Site, Tensor]) -> tuple[bool, Mapping[Site, Tensor]]:
         """Return whether inputs are stacked, and the inputs by site, with their shapes checked."""
         sites, stacked = self.wiring.read_sites, isinstance(x, Tensor)
+        if not isinstance(x, Tensor | Mapping):
+            raise WiringError(f"inputs are one stacked tensor or a mapping by site, not {type(x).__name__}")
         if isinstance(x, Tensor):
             if x.ndim < 2 or x.shape[0] != len(sites):
                 expected = f"({len(sites)}, ..., {self.layout.common_width() or 'd'})"

@@ -129,7 +129,7 @@ def _most_effective_feature(model: Any, clt: Crosscoder, result: DemoResult) -> 
     answer = _token(model, result.answer)
     handle = model.add_clt(clt, mode="replace_with_error")
     with model.trace(MIT_PROMPT):
-        acts = [model.clt.layers[layer].features.output for layer in range(clt.n_layers)]
+        acts = [model.clt.layers[layer].features.output.requires_grad_() for layer in range(clt.n_layers)]
         logits = model.output.logits[0, -1]
         margin = logits[answer] - logits.mean()
         grads = torch.autograd.grad(margin, acts)

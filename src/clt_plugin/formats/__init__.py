@@ -23,13 +23,13 @@ def recognise(folder: str | os.PathLike[str]) -> str:
     """Return the name of the format that a folder is in."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise FormatError(f"there is no folder {folder.name}: give a folder, or a reference such as hf://owner/name")
+        raise FormatError(f"there is no folder {folder}: give a folder, or a reference such as hf://owner/name")
     for format in FORMATS.values():
         if format.sniff(folder):
             return format.name
     files = sorted(path.name for path in folder.iterdir())
     shown = ", ".join(files[:6]) + (", ..." if len(files) > 6 else "") if files else "nothing"
-    raise FormatError(f"{folder.name} is in no known format ({', '.join(FORMATS)}): it holds {shown}")
+    raise FormatError(f"{folder} is in no known format ({', '.join(FORMATS)}): it holds {shown}")
 
 
 def load_folder(

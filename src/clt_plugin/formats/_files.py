@@ -105,6 +105,8 @@ def build(
         dtype: Convert to it; None keeps the files', which must then agree.
         device: Where to put parameters, and what is read later.
     """
+    if lazy not in (True, False, "auto"):
+        raise ValueError(f"lazy must be True, False or 'auto', not {lazy!r}")
     dtypes = check(description)
     if dtype is None:
         if len(dtypes) > 1:
@@ -132,7 +134,7 @@ def build(
     with torch.no_grad():
         for (name, number), piece in description.vectors.items():
             getattr(crosscoder, name)[number].copy_(read_vector(piece))
-    crosscoder.eval()
+    crosscoder.eval().requires_grad_(False)
     return crosscoder if lazy else crosscoder.materialize()
 
 
