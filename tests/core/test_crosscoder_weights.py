@@ -289,3 +289,11 @@ def test_estimated_threshold_where_nothing_is_active():
     cc.estimate_threshold(x)
     assert not trained[1].any()
     assert torch.equal(cc.eval().encode(x), trained)
+
+
+def test_a_group_that_selects_nothing_is_warned_of():
+    cc = build("clt", "batchtopk-group-activation")
+    with torch.no_grad():
+        cc.b_enc[1].fill_(-1e3)
+    with pytest.warns(UserWarning, match=r"groups \[1\] selected nothing"):
+        cc.estimate_threshold(inputs(cc))

@@ -17,6 +17,7 @@ Canonical shapes, where ... is any number of leading axes (batch, position)::
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -361,6 +362,13 @@ class Crosscoder(nn.Module):
             score = act if scale is None else act * scale
             positive = score[score > 0]
             lowest.append(positive.min() if len(positive) else torch.zeros((), dtype=act.dtype, device=act.device))
+        silent = [g for g, value in enumerate(lowest) if not bool(value > 0)]
+        if silent and not self.activation.joint:
+            warnings.warn(
+                f"groups {silent} selected nothing on these inputs, so their threshold is 0: give more and more typical "
+                "inputs",
+                stacklevel=2,
+            )
         if self.activation.joint:
             positive = [value for value in lowest if value > 0] or lowest
             lowest = [torch.stack(positive).min()] * len(lowest)
