@@ -365,8 +365,8 @@ class Crosscoder(nn.Module):
         silent = [g for g, value in enumerate(lowest) if not bool(value > 0)]
         if silent and not self.activation.joint:
             warnings.warn(
-                f"groups {silent} selected nothing on these inputs, so their threshold is 0: give more and more typical "
-                "inputs",
+                f"groups {silent} selected nothing on these inputs, so their threshold is 0: give more inputs, or more "
+                "typical ones",
                 stacklevel=2,
             )
         if self.activation.joint:
