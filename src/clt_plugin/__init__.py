@@ -14,12 +14,13 @@ from clt_plugin.core import (
     CrossLayerTranscoder,
     FormatError,
     Host,
+    HubError,
     Site,
     SparseFeatures,
     Wiring,
     WiringError,
 )
-from clt_plugin.hub import load
+from clt_plugin.formats import load
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ __all__ = [
     "FormatError",
     "Handle",
     "Host",
+    "HubError",
     "Site",
     "SparseFeatures",
     "Wiring",

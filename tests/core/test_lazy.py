@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from clt_plugin.core import Crosscoder, FormatError, LazyStore, Piece
+from clt_plugin.core import Crosscoder, File, FormatError, LazyStore, Piece
 from core.oracle import WIRINGS, build, inputs, random_features
 
 EXACT = {"rtol": 1e-12, "atol": 1e-12}
@@ -23,12 +23,12 @@ def on_disk(cc, folder, dtype=None):
         path = str(folder / f"group_{g}.safetensors")
         encoder, decoder = cc.W_enc[g].detach(), cc.W_dec[g].detach()
         save_file({"W_enc": encoder.contiguous(), "W_dec": decoder.contiguous()}, path)
-        pieces["W_enc", g] = (Piece(path, "W_enc", tuple(encoder.shape), latents_last=True),)
-        pieces["W_dec", g] = (Piece(path, "W_dec", tuple(decoder.shape)),)
+        pieces["W_enc", g] = (Piece(File(path), "W_enc", tuple(encoder.shape), rows_last=True),)
+        pieces["W_dec", g] = (Piece(File(path), "W_dec", tuple(decoder.shape)),)
     for n, skip in enumerate(cc.W_skip):
         path = str(folder / f"skip_{n}.safetensors")
         save_file({"W_skip": skip.detach()}, path)
-        pieces["W_skip", n] = (Piece(path, "W_skip", tuple(skip.shape)),)
+        pieces["W_skip", n] = (Piece(File(path), "W_skip", tuple(skip.shape)),)
     dtype = dtype or cc.dtype
     lazy = Crosscoder(
         cc.wiring, cc.layout.width, cc.group_sizes, cc.activation, host=cc.host, store=LazyStore(pieces), dtype=dtype

@@ -22,7 +22,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="
 PROGRAM = """
 import json, re, sys, threading, time
 import torch
-from clt_plugin.core import Crosscoder, LazyStore, Piece, Wiring
+from clt_plugin.core import Crosscoder, File, LazyStore, Piece, Wiring
 
 folder, what, n_layers, d, n = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
 torch.set_num_threads(1)
@@ -47,8 +47,8 @@ use(small, x)
 pieces = {}
 for layer in range(n_layers):
     path = f"{folder}/layer_{layer}.safetensors"
-    pieces["W_enc", layer] = (Piece(path, "W_enc", (n, d)),)
-    pieces["W_dec", layer] = (Piece(path, "W_dec", (n, n_layers - layer, d)),)
+    pieces["W_enc", layer] = (Piece(File(path), "W_enc", (n, d)),)
+    pieces["W_dec", layer] = (Piece(File(path), "W_dec", (n, n_layers - layer, d)),)
 clt, x = make(n_layers, n, LazyStore(pieces))
 
 peak, before, done = 0, resident(), threading.Event()

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from clt_plugin.core import FormatError, LazyStore, MemoryStore, Piece, Store
+from clt_plugin.core import File, FormatError, LazyStore, MemoryStore, Piece, Store
 from clt_plugin.core.store import product, read_piece, streamed_product
 
 N, D = 7, 5
@@ -39,17 +39,17 @@ def layouts(folder, weight):
     path = write(folder, flat=weight, last=weight.T, cube=weight.reshape(N, 3, D), wide=weight.repeat(1, 2))
     second = write(folder, "second.safetensors", left=weight[:, :D], right=weight[:, D:].T)
     return {
-        "flat": (Piece(path, "flat", (N, 3 * D)),),
-        "latents last": (Piece(path, "last", (3 * D, N), latents_last=True),),
-        "three axes": (Piece(path, "cube", (N, 3, D)),),
-        "columns": (Piece(path, "wide", (N, 6 * D), columns=(D, 2 * D)),),
+        "flat": (Piece(File(path), "flat", (N, 3 * D)),),
+        "latents last": (Piece(File(path), "last", (3 * D, N), rows_last=True),),
+        "three axes": (Piece(File(path), "cube", (N, 3, D)),),
+        "columns": (Piece(File(path), "wide", (N, 6 * D), columns=(D, 2 * D)),),
         "side by side": (
-            Piece(second, "left", (N, D)),
-            Piece(second, "right", (2 * D, N), latents_last=True),
+            Piece(File(second), "left", (N, D)),
+            Piece(File(second), "right", (2 * D, N), rows_last=True),
         ),
-        "writes of a cube": tuple(Piece(path, "cube", (N, 3, D), columns=(w, w + 1)) for w in range(3)),
+        "writes of a cube": tuple(Piece(File(path), "cube", (N, 3, D), columns=(w, w + 1)) for w in range(3)),
         "columns, latents last": tuple(
-            Piece(path, "last", (3 * D, N), latents_last=True, columns=(w * D, (w + 1) * D)) for w in range(3)
+            Piece(File(path), "last", (3 * D, N), rows_last=True, columns=(w * D, (w + 1) * D)) for w in range(3)
         ),
     }
 
@@ -97,9 +97,9 @@ def test_both_stores_answer_alike(tmp_path, weight):
     memory = MemoryStore({"W_enc": [weight.T], "W_dec": [weight + 1], "W_skip": [skip]})
     lazy = LazyStore(
         {
-            ("W_enc", 0): (Piece(path, "encoder", (N, 3 * D)),),
-            ("W_dec", 0): (Piece(path, "decoder", (N, 3 * D)),),
-            ("W_skip", 0): (Piece(path, "skip", (4, 6)),),
+            ("W_enc", 0): (Piece(File(path), "encoder", (N, 3 * D)),),
+            ("W_dec", 0): (Piece(File(path), "decoder", (N, 3 * D)),),
+            ("W_skip", 0): (Piece(File(path), "skip", (4, 6)),),
         }
     )
     assert isinstance(memory, Store)
@@ -116,8 +116,8 @@ def test_both_stores_answer_alike(tmp_path, weight):
 
 def test_a_store_that_keeps_some_latents(tmp_path, weight):
     path = write(tmp_path, weight=weight, skip=torch.eye(N))
-    pieces = {(kind, 0): (Piece(path, "weight", (N, 3 * D)),) for kind in ("W_enc", "W_dec")}
-    pieces["W_skip", 0] = (Piece(path, "skip", (N, N)),)
+    pieces = {(kind, 0): (Piece(File(path), "weight", (N, 3 * D)),) for kind in ("W_enc", "W_dec")}
+    pieces["W_skip", 0] = (Piece(File(path), "skip", (N, N)),)
     store = LazyStore(pieces, latents={0: torch.tensor([6, 2, 3])})
     assert torch.equal(store.get("W_enc", 0), weight[[6, 2, 3]])
     assert torch.equal(store.get("W_dec", 0, torch.tensor([2, 0])), weight[[3, 6]])
@@ -134,7 +134,7 @@ def test_dtypes_are_kept_or_converted(tmp_path, weight, dtype, rows):
     path = write(tmp_path, weight=stored)
     rows = None if rows is None else torch.tensor(rows)
     want = stored if rows is None else stored[rows]
-    store = LazyStore({("W_dec", 0): (Piece(path, "weight", (N, 3 * D)),)})
+    store = LazyStore({("W_dec", 0): (Piece(File(path), "weight", (N, 3 * D)),)})
     kept = store.get("W_dec", 0, rows)
     assert kept.dtype == dtype
     assert torch.equal(kept, want)
@@ -146,7 +146,9 @@ def test_dtypes_are_kept_or_converted(tmp_path, weight, dtype, rows):
 
 def test_moved_to_another_device(tmp_path, weight):
     path = write(tmp_path, weight=weight)
-    store = LazyStore({("W_dec", 0): (Piece(path, "weight", (N, 3 * D)),)}).moved(torch.float16, torch.device("meta"))
+    store = LazyStore({("W_dec", 0): (Piece(File(path), "weight", (N, 3 * D)),)}).moved(
+        torch.float16, torch.device("meta")
+    )
     got = store.get("W_dec", 0)
     assert (got.device.type, got.dtype, got.shape) == ("meta", torch.float16, weight.shape)
 
@@ -155,11 +157,11 @@ def test_moved_to_another_device(tmp_path, weight):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("layout", [{}, {"latents_last": True}])
+@pytest.mark.parametrize("layout", [{}, {"rows_last": True}])
 def test_not_finite(tmp_path, weight, value, layout):
     weight[3, 4] = value
     path = write(tmp_path, "layer_2.safetensors", W=weight.T if layout else weight)
-    piece = Piece(path, "W", tuple(weight.shape), **layout)
+    piece = Piece(File(path), "W", tuple(weight.shape), **layout)
     message = r"^layer_2\.safetensors: W holds values that are not finite \(nan or inf\)"
     with pytest.raises(FormatError, match=message):
         read_piece(piece)
@@ -170,7 +172,7 @@ def test_not_finite(tmp_path, weight, value, layout):
 
 def test_damaged_files(tmp_path, weight):
     path = write(tmp_path, "layer_2.safetensors", W=weight)
-    piece = Piece(path, "W", tuple(weight.shape))
+    piece = Piece(File(path), "W", tuple(weight.shape))
     whole = (tmp_path / "layer_2.safetensors").read_bytes()
     for length in (0, 6, 40, len(whole) - 4):
         (tmp_path / "layer_2.safetensors").write_bytes(whole[:length])
@@ -179,7 +181,7 @@ def test_damaged_files(tmp_path, weight):
     (tmp_path / "layer_2.safetensors").write_bytes(whole)
     assert torch.equal(read_piece(piece), weight)
     with pytest.raises(FormatError, match=r"^layer_2\.safetensors: cannot read V"):
-        read_piece(Piece(path, "V", tuple(weight.shape)))
+        read_piece(Piece(File(path), "V", tuple(weight.shape)))
     (tmp_path / "layer_2.safetensors").unlink()
     with pytest.raises(FormatError, match=r"^layer_2\.safetensors: cannot read W"):
         read_piece(piece)

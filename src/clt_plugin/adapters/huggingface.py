@@ -74,9 +74,9 @@ def crosscoder_for(
     """
     # Not by os.PathLike: this code travels to remote models, which let few modules in.
     if isinstance(clt, str) or hasattr(clt, "__fspath__"):
-        from clt_plugin.hub import load
+        from clt_plugin.formats import load
 
-        clt = load(clt)
+        return load(clt, layers=layers, features=features)
     if not isinstance(clt, Crosscoder):
         raise AttachError(f"add_clt takes a Crosscoder, a folder or an hf:// reference, not {type(clt).__name__}")
     return clt if layers is None and features is None else clt.select(layers, features)

@@ -2,8 +2,9 @@
 
 from clt_plugin.core.activations import ACTIVATIONS, Activation, BatchTopK, JumpReLU, ReLU, TopK, jumprelu, step
 from clt_plugin.core.crosscoder import Crosscoder, CrossLayerTranscoder
-from clt_plugin.core.errors import AttachError, FormatError, RegistryError, WiringError
+from clt_plugin.core.errors import AttachError, FormatError, HubError, RegistryError, WiringError
 from clt_plugin.core.features import SparseFeatures, SparseGroup
+from clt_plugin.core.files import File
 from clt_plugin.core.host import Host, Sites
 from clt_plugin.core.registry import FORMATS, Registry
 from clt_plugin.core.store import LazyStore, MemoryStore, Piece, Store
@@ -19,8 +20,10 @@ __all__ = [
     "BatchTopK",
     "CrossLayerTranscoder",
     "Crosscoder",
+    "File",
     "FormatError",
     "Host",
+    "HubError",
     "JumpReLU",
     "Layout",
     "LazyStore",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from clt_plugin.core.activations import Activation
 from clt_plugin.core.errors import WiringError
 from clt_plugin.core.wiring import Layout, Wiring
 
@@ -16,12 +17,26 @@ if TYPE_CHECKING:
 
 
 def chosen_groups(
-    whole: Crosscoder, layers: Iterable[int] | None, features: Mapping[int, Sequence[int]] | None
+    wiring: Wiring,
+    group_sizes: Sequence[int],
+    activation: Activation,
+    has_fixed_threshold: bool,
+    layers: Iterable[int] | None,
+    features: Mapping[int, Sequence[int]] | None,
 ) -> tuple[list[int], dict[int, Tensor]]:
-    """Return the groups at home in some layers, and for each group with features given, those; see `select`."""
-    home, features = whole.wiring.home, dict(features or {})
+    """Return the groups at home in some layers, and for each group with features given, those.
+
+    Args:
+        wiring: Of the whole.
+        group_sizes: Of the whole.
+        activation: Of the whole.
+        has_fixed_threshold: Whether an activation that ranks acts by a fixed threshold instead.
+        layers: See `Crosscoder.select`.
+        features: See `Crosscoder.select`.
+    """
+    home, features = wiring.home, dict(features or {})
     layers = {*home} if layers is None else {*layers}
-    groups = [g for g in range(whole.wiring.n_groups) if home[g] in layers]
+    groups = [g for g in range(wiring.n_groups) if home[g] in layers]
     missing = sorted((layers | {*features}) - {*home})
     if missing or not groups:
         raise WiringError(f"no group is at home in layer {missing}: there are groups in layers {list(home)}")
@@ -32,13 +47,13 @@ def chosen_groups(
     for g in groups:
         if home[g] in features:
             kept = torch.as_tensor(list(features[home[g]]), dtype=torch.long)
-            if len(kept) == 0 or bool(((kept < 0) | (kept >= whole.group_sizes[g])).any()):
-                raise WiringError(f"layer {home[g]} has features 0 to {whole.group_sizes[g] - 1}")
+            if len(kept) == 0 or bool(((kept < 0) | (kept >= group_sizes[g])).any()):
+                raise WiringError(f"layer {home[g]} has features 0 to {group_sizes[g] - 1}")
             latents[g] = kept
-    competing = whole.activation.ranks and (whole.training or not whole.has_measured_threshold)
-    if competing and (latents or (whole.activation.joint and len(groups) < whole.wiring.n_groups)):
+    competing = activation.ranks and not has_fixed_threshold
+    if competing and (latents or (activation.joint and len(groups) < wiring.n_groups)):
         raise WiringError(
-            f"{whole.activation} ranks latents against those that would be left out, so a selection would activate "
+            f"{activation} ranks latents against those that would be left out, so a selection would activate "
             "others than the whole does: select whole groups (scope 'group'), or use a crosscoder with thresholds"
         )
     return groups, latents
@@ -57,6 +72,7 @@ def subset(whole: Crosscoder, wiring: Wiring, groups: Sequence[int], latents: Ma
     nn.Module.__init__(part)
     part.wiring, part.layout = wiring, Layout.of(wiring, whole.layout.width)
     part.activation, part.host, part.is_partial = whole.activation, whole.host, whole.is_partial
+    part.metadata = dict(whole.metadata)
     part.group_sizes = tuple(len(latents[g]) if g in latents else whole.group_sizes[g] for g in groups)
     part._lazy_store = None
 

@@ -83,6 +83,8 @@ class Crosscoder(nn.Module):
         self.layout = Layout.of(wiring, d_model)
         self.activation = Activation.make(activation, **settings)
         self.host = host or Host()
+        # Plain data on how it came about, which is saved with it: "recipe", "metrics", "source", "licence".
+        self.metadata: dict[str, Any] = {}
         self.group_sizes = _group_sizes(n_latents, wiring.n_groups)
         made: dict[str, Any] = {"dtype": dtype, "device": device}
 
@@ -394,7 +396,8 @@ class Crosscoder(nn.Module):
             layers: Keep the groups at home in these layers.
             features: {layer: latents to keep there, in this order}; layers left out keep all theirs.
         """
-        groups, latents = chosen_groups(self, layers, features)
+        frozen = not self.training and self.has_measured_threshold
+        groups, latents = chosen_groups(self.wiring, self.group_sizes, self.activation, frozen, layers, features)
         part = subset(self, self.wiring.select(groups), groups, latents)
         part.is_partial = True
         return part

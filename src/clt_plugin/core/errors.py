@@ -11,6 +11,10 @@ class FormatError(ValueError):
     """A folder that does not hold what its format promises. Names the file."""
 
 
+class HubError(OSError):
+    """Something that the Hub cannot give: gated, unknown, out of reach, or not in the cache while offline."""
+
+
 class AttachError(ValueError):
     """A crosscoder that cannot be attached to this model. The model is as it was."""
 

@@ -1,4 +1,4 @@
-"""Where weights live: in memory, or in safetensors files that are sliced on demand.
+"""Where weights live: in memory, or in files that are sliced on demand.
 
 Both answer one call, ``get(kind, group, rows)``. Rows are always latents: ``get("W_enc", g, rows)`` gives
 encoder vectors (n, read width) and ``get("W_dec", g, rows)`` decoder vectors (n, write width), so that
@@ -8,7 +8,6 @@ coordinates of the site read, and its "group" is the number of the skip.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from clt_plugin.core.errors import FormatError
+from clt_plugin.core.files import File
 
 KINDS = ("W_enc", "W_dec", "W_skip")
 
@@ -27,7 +27,7 @@ class Store(Protocol):
 
     lazy: bool
 
-    def get(self, kind: str, group: int, rows: Tensor | None = None) -> Tensor:
+    def get(self, kind: str, group: int, rows: Tensor | slice | None = None) -> Tensor:
         """Return weights of a kind, latents first, or the rows asked for."""
         ...
 
@@ -40,7 +40,7 @@ class MemoryStore:
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         self.parameters = parameters
 
-    def get(self, kind: str, group: int, rows: Tensor | None = None) -> Tensor:
+    def get(self, kind: str, group: int, rows: Tensor | slice | None = None) -> Tensor:
         """Return a view of the parameter, or a copy of some of its rows; differentiable."""
         weight = self.parameters[kind][group]
         if kind == "W_enc":
@@ -50,27 +50,36 @@ class MemoryStore:
 
 @dataclass(frozen=True)
 class Piece:
-    """One tensor, or a part of one, in a safetensors file.
+    """One tensor of a file, or a part of one, seen as (rows, columns).
+
+    The rows of ``W_enc`` and ``W_dec`` are latents, those of ``W_skip`` the coordinates of the site read.
 
     Attributes:
-        path: The file.
+        file: The file.
         key: The tensor's name in it.
         shape: What the whole tensor must be, checked against the file's header when the store opens.
-        latents_last: Whether the stored tensor has its latents on the last axis, (d, F), not the first.
-        columns: Which entries to take of the axis beside the latents' (the first one if they are last, else the
+        at: Which entry of its leading axes to take, such as a layer of a tensor over all layers.
+        rows_last: Whether the rows are the last of the remaining axes, (d, F), not the first.
+        columns: Which entries to take of the axis beside the rows' (the first one if they are last, else the
             second); None for all.
+        zeros: Entries of that axis that are not taken and must be about 0: the targets before its source that a
+            full-length decoder has.
+        scale: What to multiply with: a number, or one a column.
     """
 
-    path: str
+    file: File
     key: str
     shape: tuple[int, ...]
-    latents_last: bool = False
+    at: tuple[int, ...] = ()
+    rows_last: bool = False
     columns: tuple[int, int] | None = None
+    zeros: tuple[int, int] | None = None
+    scale: float | Tensor | None = None
 
 
 @dataclass(frozen=True)
 class LazyStore:
-    """Weights sliced from safetensors files each time they are asked for.
+    """Weights sliced from files each time they are asked for.
 
     Files are opened for each read and closed again, so nothing stays mapped in memory between two.
 
@@ -88,11 +97,11 @@ class LazyStore:
 
     lazy = True
 
-    def get(self, kind: str, group: int, rows: Tensor | None = None) -> Tensor:
+    def get(self, kind: str, group: int, rows: Tensor | slice | None = None) -> Tensor:
         """Read weights, latents first: the rows asked for and no others."""
         if kind != "W_skip" and group in self.latents:
             kept = self.latents[group]
-            rows = kept if rows is None else kept[rows.cpu()]
+            rows = kept if rows is None else kept[rows.cpu() if isinstance(rows, Tensor) else rows]
         parts = [read_piece(piece, rows) for piece in self.pieces[kind, group]]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return weight.to(device=self.device, dtype=self.dtype)
@@ -102,52 +111,55 @@ class LazyStore:
         return replace(self, dtype=dtype, device=device)
 
 
-def read_piece(piece: Piece, rows: Tensor | None = None) -> Tensor:
-    """Read one piece as (latents, columns); refuse what is not finite.
+ABOUT_ZERO = 1e-4
+"""How large entries that must be about 0 may be, beside the largest one of the rows they were read with."""
+
+
+def read_piece(piece: Piece, rows: Tensor | slice | None = None) -> Tensor:
+    """Read one piece as (rows, columns); refuse what is not finite.
 
     Args:
         piece: What to read.
-        rows: Which latents, in this order; None for all.
+        rows: Which rows, in this order; None for all.
     """
-    from safetensors import SafetensorError, safe_open
-
-    if rows is not None and len(rows) == 0:
-        rows, empty = torch.zeros(1, dtype=torch.long), True
+    rows = rows.detach().cpu() if isinstance(rows, Tensor) else rows
+    if piece.rows_last:
+        stored = piece.file.read(piece.key, piece.at)
+        taken = stored[_columns(piece.columns)]
+        weight = (taken if rows is None else taken[..., rows]).flatten(0, -2)
+        weight = weight.T
     else:
-        empty = False
-    try:
-        with safe_open(piece.path, framework="pt") as file:
-            stored = file.get_slice(piece.key)
-            tensor = _sliced(stored, piece, rows)
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{os.path.basename(piece.path)}: cannot read {piece.key} ({error})") from error
-    if empty:
-        tensor = tensor[:0]
-    if not bool(torch.isfinite(tensor).all()):
+        stored = piece.file.read(piece.key, piece.at, rows)
+        weight = stored[:, _columns(piece.columns)] if piece.columns else stored
+        if piece.zeros:
+            _check_zeros(piece, stored)
+        weight = weight.flatten(1)
+    if not bool(torch.isfinite(weight).all()):
         raise FormatError(
-            f"{os.path.basename(piece.path)}: {piece.key} holds values that are not finite (nan or inf): "
+            f"{piece.file}: {piece.key} holds values that are not finite (nan or inf): "
             "the file is damaged, or was saved from a run that diverged"
         )
-    return tensor
+    if piece.scale is None:
+        return weight
+    # In float32 at least: a scale in bfloat16 would be off by up to 0.4%.
+    return weight.to(torch.promote_types(weight.dtype, torch.float32)) * piece.scale
 
 
-def _sliced(stored: Any, piece: Piece, rows: Tensor | None) -> Tensor:
-    """Slice rows and columns out of a stored tensor and flatten it to (latents, columns)."""
-    columns = slice(*piece.columns) if piece.columns else slice(None)
-    if piece.latents_last:
-        return stored[columns, :].T if rows is None else stored[:, _index(rows)][columns].T
-    if rows is None:
-        tensor = stored[:, columns]
-    elif piece.columns:
-        # The reader indexes one axis at a time: whole rows first, then their columns.
-        tensor = stored[_index(rows)][:, columns]
-    else:
-        tensor = stored[_index(rows)]
-    return tensor.reshape(tensor.shape[0], -1)
+def _columns(columns: tuple[int, int] | None) -> slice:
+    return slice(*columns) if columns else slice(None)
 
 
-def _index(rows: Tensor) -> Tensor:
-    return rows.detach().cpu()
+def _check_zeros(piece: Piece, rows: Tensor) -> None:
+    """Refuse rows (n, targets, d) that write where nothing may be written."""
+    if len(rows) == 0 or piece.zeros is None or piece.zeros[0] == piece.zeros[1]:
+        return
+    early, largest = float(rows[:, _columns(piece.zeros)].abs().amax()), float(rows.abs().amax())
+    if early > max(ABOUT_ZERO * largest, 1e-6):
+        start, stop = piece.zeros
+        raise FormatError(
+            f"{piece.file}: {piece.key} writes up to {early:.3g} at targets {start} to {stop - 1}, which come before "
+            "its source and must be about 0: this is not a causal decoder"
+        )
 
 
 class _StreamedProduct(torch.autograd.Function):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from clt_plugin.core import Crosscoder
-from clt_plugin.hub import load
+from clt_plugin.formats import load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -1,4 +1,4 @@
-"""What every format needs of files: checked headers, vectors, and folders written whole or not at all."""
+"""Writing: safetensors files by chunks, and folders written whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,182 +6,101 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import psutil
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from clt_plugin.core import Activation, Crosscoder, FormatError, Host, LazyStore, Piece, Wiring
+from clt_plugin.core import Crosscoder, FormatError
+from clt_plugin.core.files import DTYPES
 
-LAZY_SHARE = 0.4
-"""With ``lazy="auto"``, weights larger than this share of the free memory stay on disk."""
-
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CHUNK_BYTES = 64 * 2**20
+"""How much of a tensor is in memory at a time while it is written."""
 
 
 @dataclass(frozen=True)
-class Description:
-    """A crosscoder on disk: what it is, and which tensor lies where.
+class Rows:
+    """A tensor that is written by chunks of rows.
 
     Attributes:
-        folder: Where it lies.
-        wiring: Who reads and writes what.
-        d_model: Widths, as for `Crosscoder`.
-        n_latents: The number of latents of each group.
-        activation: The activation.
-        host: The model it belongs to.
-        weights: For each (kind, group), the pieces that make ``W_enc``, ``W_dec`` or ``W_skip``, latents first.
-        vectors: For each (``"b_enc"``, ``"b_dec"``, ``"threshold"`` or ``"stored_norms"``, number), its piece. An
-            absent bias is 0, an absent threshold of BatchTopK not measured.
-        ignored: Keys, by file, that may be there and are rightly not read.
+        shape: Of the whole.
+        dtype: Of the whole.
+        read: Returns the rows of a slice, in any shape that has their number of elements.
     """
 
-    folder: Path
-    wiring: Wiring
-    d_model: Any
-    n_latents: tuple[int, ...]
-    activation: Activation
-    host: Host
-    weights: Mapping[tuple[str, int], tuple[Piece, ...]]
-    vectors: Mapping[tuple[str, int], Piece]
-    ignored: Mapping[str, frozenset[str]] | None = None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[slice], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Rows:
+        """Wrap a tensor in memory."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda rows: tensor[rows] if tensor.ndim else tensor)
 
     @property
-    def pieces(self) -> list[Piece]:
-        """Every piece."""
-        return [*(piece for pieces in self.weights.values() for piece in pieces), *self.vectors.values()]
+    def n_bytes(self) -> int:
+        """How many bytes it takes."""
+        count = self.dtype.itemsize
+        for n in self.shape:
+            count *= n
+        return count
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Read it, some rows at a time."""
+        n_rows = self.shape[0] if self.shape else 1
+        step = max(1, CHUNK_BYTES // max(1, self.n_bytes // max(1, n_rows)))
+        for start in range(0, n_rows, step):
+            yield self.read(slice(start, min(start + step, n_rows)))
 
 
-def read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Return {key: (shape, dtype)} of a safetensors file; a missing, empty or truncated file is refused."""
-    if not path.is_file():
-        raise FormatError(f"{path.parent.name}/{path.name} is missing: fetch or save the folder again")
-    if path.stat().st_size == 0:
-        raise FormatError(f"{path.parent.name}/{path.name} is empty: fetch or save it again")
-    try:
-        with safe_open(path, framework="pt") as file:
-            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-            header = {key: (tuple(s.get_shape()), s.get_dtype()) for key, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        raise FormatError(
-            f"{path.parent.name}/{path.name} ({size:,} bytes) is truncated or damaged ({error}): fetch or save it again"
-        ) from error
-    unknown = {key: dtype for key, (_, dtype) in header.items() if dtype not in DTYPES}
-    if unknown:
-        raise FormatError(f"{path.parent.name}/{path.name} holds dtypes that are not floats: {unknown}")
-    return {key: (shape, DTYPES[dtype]) for key, (shape, dtype) in header.items()}
+def encoder_rows(crosscoder: Crosscoder, group: int) -> Rows:
+    """Return a group's encoder, latents first, (F, sum of the widths read), to be written by chunks."""
+    shape = (crosscoder.group_sizes[group], crosscoder.layout.read_width(group))
+    return Rows(shape, crosscoder.dtype, lambda rows: crosscoder.store.get("W_enc", group, rows))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; what is not one is refused with the file's name."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path.parent.name}/{path.name} cannot be read as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise FormatError(f"{path.parent.name}/{path.name} holds {type(data).__name__}, where an object was expected")
-    return data
+def decoder_rows(crosscoder: Crosscoder, group: int, *shape: int) -> Rows:
+    """Return a group's decoder, (F, sum of the widths written) or of another shape, to be written by chunks."""
+    flat = (crosscoder.group_sizes[group], crosscoder.layout.write_width(group))
+    return Rows(shape or flat, crosscoder.dtype, lambda rows: crosscoder.store.get("W_dec", group, rows))
 
 
-def build(
-    description: Description,
-    lazy: bool | str = "auto",
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Crosscoder:
-    """Check every header, then make the crosscoder: nothing is made of a folder that does not fit.
+def save_tensors(path: Path, tensors: Mapping[str, Tensor | Rows]) -> None:
+    """Write a safetensors file by chunks of rows; refuse what is not finite.
 
-    Args:
-        description: What lies where.
-        lazy: Leave encoders and decoders on disk; ``"auto"`` does where they exceed `LAZY_SHARE` of free memory.
-        dtype: Convert to it; None keeps the files', which must then agree.
-        device: Where to put parameters, and what is read later.
+    The library's own writer needs every tensor whole in memory, which for a layer of a large CLT is 12 GB.
     """
-    if lazy not in (True, False, "auto"):
-        raise ValueError(f"lazy must be True, False or 'auto', not {lazy!r}")
-    dtypes = check(description)
-    if dtype is None:
-        if len(dtypes) > 1:
-            names = ", ".join(sorted(str(d) for d in dtypes))
-            raise FormatError(f"{description.folder.name} mixes the dtypes {names}: say which you want with dtype=")
-        (dtype,) = dtypes
-    device = torch.device(device or "cpu")
-    if lazy == "auto":
-        n_weights = sum(_count(piece.shape) for pieces in description.weights.values() for piece in pieces)
-        size = n_weights * torch.empty(0, dtype=dtype).element_size()
-        lazy = device.type == "cpu" and size > LAZY_SHARE * psutil.virtual_memory().available
-    crosscoder = Crosscoder(
-        description.wiring,
-        description.d_model,
-        description.n_latents,
-        description.activation,
-        host=description.host,
-        dtype=dtype,
-        device=device,
-        store=LazyStore(description.weights, dtype, device),
-    )
-    if any(name == "stored_norms" for name, _ in description.vectors):
-        empty = (torch.zeros(n, dtype=dtype, device=device) for n in description.n_latents)
-        crosscoder.stored_norms = nn.ParameterList(nn.Parameter(norms, requires_grad=False) for norms in empty)
-    with torch.no_grad():
-        for (name, number), piece in description.vectors.items():
-            getattr(crosscoder, name)[number].copy_(read_vector(piece))
-    crosscoder.eval().requires_grad_(False)
-    return crosscoder if lazy else crosscoder.materialize()
+    rows = {key: value if isinstance(value, Rows) else Rows.of(value.detach()) for key, value in tensors.items()}
+    names, header, start = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
+    for key, value in rows.items():
+        end = start + value.n_bytes
+        header[key] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data begin at a multiple of 8
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key, value in rows.items():
+            _write(file, key, value)
+        file.flush()
+        os.fsync(file.fileno())
 
 
-def check(description: Description) -> set[torch.dtype]:
-    """Compare every file's header with what is expected of it; return the dtypes found."""
-    by_path: dict[str, list[Piece]] = {}
-    for piece in description.pieces:
-        by_path.setdefault(piece.path, []).append(piece)
-    dtypes = set()
-    for path, pieces in by_path.items():
-        header, where = read_header(Path(path)), f"{description.folder.name}/{Path(path).name}"
-        for piece in pieces:
-            if piece.key not in header:
-                found = ", ".join(sorted(header)) or "nothing"
-                raise FormatError(f"{where} has no tensor {piece.key}: it holds {found}")
-            shape, dtype = header[piece.key]
-            if shape != piece.shape:
-                raise FormatError(f"{where}: {piece.key} has shape {shape}, where {piece.shape} was expected")
-            dtypes.add(dtype)
-        ignored = (description.ignored or {}).get(path, frozenset())
-        unknown = sorted(set(header) - {piece.key for piece in pieces} - ignored)
-        if unknown:
-            raise FormatError(
-                f"{where} holds {', '.join(unknown)}, which this format does not know: reading on would ignore "
-                "weights, so it is refused"
-            )
-    return dtypes
-
-
-def read_vector(piece: Piece) -> Tensor:
-    """Read a small tensor whole; refuse what is not finite."""
-    with safe_open(piece.path, framework="pt") as file:
-        tensor = file.get_tensor(piece.key)
-    if not bool(torch.isfinite(tensor).all()):
-        raise FormatError(f"{Path(piece.path).name}: {piece.key} holds values that are not finite (nan or inf)")
-    return tensor
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file of detached, contiguous copies; refuse what is not finite."""
-    plain = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    for key, tensor in plain.items():
-        if not bool(torch.isfinite(tensor).all()):
+def _write(file: IO[bytes], key: str, rows: Rows) -> None:
+    written = 0
+    for chunk in rows.chunks():
+        if not bool(torch.isfinite(chunk).all()):
             raise FormatError(f"{key} holds values that are not finite (nan or inf): nothing was saved")
-    save_file(plain, path)
-    # safetensors makes private files; a saved crosscoder is as readable as any other file.
-    path.chmod(0o666 & ~_umask())
+        plain = chunk.detach().to("cpu", rows.dtype).contiguous()
+        data: Any = plain.reshape(-1).view(torch.uint8).numpy().data
+        file.write(data)
+        written += data.nbytes
+    if written != rows.n_bytes:
+        raise FormatError(f"{key} has {written:,} bytes, where {rows.shape} of {rows.dtype} takes {rows.n_bytes:,}")
 
 
 @contextmanager
@@ -229,10 +148,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count

@@ -5,6 +5,10 @@ layer i, and optionally ``threshold_{i}`` (F,); ``W_dec_{i}.safetensors`` holds 
 index j writes layer i + j; ``config.yaml`` names the model and the hooks, in TransformerLens's terms. With a
 threshold the activation is JumpReLU, without one ReLU.
 
+Cross-layer TopK CLTs (ByteDance) use the same names without biases, with the norms of decoder vectors: in each
+``W_dec_{i}.safetensors`` as ``W_dec_norm_{i}`` (F,), or all in ``W_dec_norm.safetensors`` as ``W_dec_norm`` (L, F).
+Of all layers' ``relu(x @ W_enc.T)`` the ``L * k`` best by activation times norm are kept; ``config.json`` has the k.
+
 The first position, the BOS token's, is outside what these CLTs were trained on: their authors' tool zeroes features
 and errors there. So ``Host.exclude_first`` is 1 unless the config says otherwise, under a key of our own.
 """
@@ -12,27 +16,21 @@ and errors there. So ``Host.exclude_first`` is 1 unless the config says otherwis
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
+from torch import Tensor
 
-from clt_plugin.core import FORMATS, Activation, Crosscoder, FormatError, Host, JumpReLU, Piece, ReLU, Wiring
-from clt_plugin.formats._files import Description, build, read_header, save_tensors, whole_folder
+from clt_plugin.core import FORMATS, Activation, Crosscoder, FormatError, Host, JumpReLU, Piece, ReLU, TopK, Wiring
+from clt_plugin.core.files import Header
+from clt_plugin.formats._description import Description
+from clt_plugin.formats._files import Rows, decoder_rows, encoder_rows, save_tensors, whole_folder
+from clt_plugin.formats._hooks import TRANSFORMER_LENS, site_of
+from clt_plugin.hub import Folder
 
-CONFIG = "config.yaml"
+CONFIG, JSON_CONFIG, NORMS = "config.yaml", "config.json", "W_dec_norm.safetensors"
+ENCODERS, DECODERS = r"W_enc_(\d+)\.safetensors", r"W_dec_(\d+)\.safetensors"
 KIND = "cross_layer_transcoder"
-HOOKS = {
-    "hook_resid_pre": "resid_pre",
-    "hook_resid_mid": "resid_mid",
-    "ln2.hook_normalized": "mlp_in_before_gain",
-    "mlp.hook_in": "mlp_in",
-    "mlp.hook_out": "mlp_out_before_norm",
-    "hook_mlp_out": "mlp_out",
-}
-"""Our names of the sites that the config names by TransformerLens's hooks."""
 
 
 class CircuitTracer:
@@ -40,22 +38,13 @@ class CircuitTracer:
 
     name = "circuit-tracer"
 
-    def sniff(self, folder: Path) -> bool:
+    def sniff(self, folder: Folder) -> bool:
         """Whether a folder is in this format."""
-        names = {path.name for path in folder.glob("W_*.safetensors")}
-        return any(re.fullmatch(r"W_enc_\d+\.safetensors", name) for name in names)
+        return bool(folder.numbered(ENCODERS))
 
-    def load(
-        self,
-        folder: Path,
-        lazy: bool | str = "auto",
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Crosscoder:
-        """Load a folder; arguments as for `clt_plugin.load`."""
-        return build(self._describe(folder, _read_config(folder)), lazy, dtype, device)
-
-    def _describe(self, folder: Path, config: dict[str, Any]) -> Description:
+    def describe(self, folder: Folder) -> Description:
+        """Say which tensor lies where."""
+        config = _read_config(folder)
         n_layers = _count_layers(folder)
         own = config.get("clt_plugin") or {}
         wiring = Wiring.clt(
@@ -63,43 +52,70 @@ class CircuitTracer:
             read=_site(folder, config.get("feature_input_hook", "hook_resid_mid")),
             write=_site(folder, config.get("feature_output_hook", "hook_mlp_out")),
         )
+        encoders, decoders = folder.numbered(ENCODERS), folder.numbered(DECODERS)
+        headers = folder.headers([*encoders.values(), *decoders.values(), *((NORMS,) if NORMS in folder else ())])
+        ranked = NORMS in folder or "W_dec_norm_0" in headers[decoders[0]]
         sizes, thresholds, d_model = [], [], None
         weights: dict[tuple[str, int], tuple[Piece, ...]] = {}
-        vectors = {}
+        vectors, ignored = {}, {}
         for layer in range(n_layers):
-            encoder, decoder = (str(folder / f"{name}_{layer}.safetensors") for name in ("W_enc", "W_dec"))
-            header = read_header(Path(encoder))
+            encoder, decoder = folder.file(encoders[layer]), folder.file(decoders[layer])
+            header = headers[encoders[layer]]
             shape = header.get(f"W_enc_{layer}", ((), None))[0]
             if len(shape) != 2:
-                raise FormatError(f"{folder.name}/W_enc_{layer}.safetensors: W_enc_{layer} must be (F, d), not {shape}")
+                raise FormatError(f"{encoder}: W_enc_{layer} must be (F, d), not {shape}")
             n, width = shape
             d_model = d_model or width
             sizes.append(n)
             weights["W_enc", layer] = (Piece(encoder, f"W_enc_{layer}", (n, d_model)),)
             weights["W_dec", layer] = (Piece(decoder, f"W_dec_{layer}", (n, n_layers - layer, d_model)),)
-            vectors["b_enc", layer] = Piece(encoder, f"b_enc_{layer}", (n,))
-            vectors["b_dec", layer] = Piece(encoder, f"b_dec_{layer}", (d_model,))
+            for name, size in (("b_enc", n), ("b_dec", d_model)):
+                if not ranked or f"{name}_{layer}" in header:
+                    vectors[name, layer] = Piece(encoder, f"{name}_{layer}", (size,))
             if f"threshold_{layer}" in header:
                 thresholds.append(layer)
                 vectors["threshold", layer] = Piece(encoder, f"threshold_{layer}", (n,))
+            if ranked:
+                key = f"W_dec_norm_{layer}"
+                vectors["stored_norms", layer] = Piece(decoder, key, (n,))
+                if NORMS in folder:
+                    norms = Piece(folder.file(NORMS), "W_dec_norm", (n_layers, n), at=(layer,))
+                    vectors["stored_norms", layer] = norms
+                    ignored[str(decoder)] = frozenset([key])
         if thresholds and len(thresholds) < n_layers:
             without = sorted(set(range(n_layers)) - set(thresholds))
-            raise FormatError(f"{folder.name}: layers {without} have no threshold, the others have one")
+            raise FormatError(f"{folder.label}: layers {without} have no threshold, the others have one")
+        if thresholds and ranked:
+            raise FormatError(f"{folder.label} has both thresholds and decoder norms to rank by: it can only mean one")
         activation: Activation = ReLU()
         if thresholds:
             activation = JumpReLU(own["bandwidth"]) if "bandwidth" in own else JumpReLU()
-        host = Host(
-            config.get("model_name"), own.get("model_revision"), n_layers, exclude_first=own.get("exclude_first", 1)
+        elif ranked:
+            activation = TopK(_k(folder, config), scope="joint", score="decoder_norm")
+        host = Host(_model_name(config), own.get("model_revision"), n_layers, exclude_first=own.get("exclude_first", 1))
+        return Description(
+            folder.label,
+            self.name,
+            wiring,
+            d_model,
+            tuple(sizes),
+            activation,
+            host,
+            weights,
+            vectors,
+            ignored,
+            metadata=own.get("metadata") or {},
         )
-        return Description(folder, wiring, d_model, tuple(sizes), activation, host, weights, vectors)
 
     def save(self, crosscoder: Crosscoder, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a folder, layer by layer; see `Crosscoder.save`."""
-        hooks = {site: hook for hook, site in HOOKS.items()}
+        hooks = {site: hook for hook, site in TRANSFORMER_LENS.items()}
         read, write = crosscoder.sites.read_name, crosscoder.sites.write_name
         _check_fits(crosscoder, read, write)
         activation, host = crosscoder.activation, crosscoder.host
         own: dict[str, Any] = {"exclude_first": host.exclude_first, "model_revision": host.model_revision}
+        if crosscoder.metadata:
+            own["metadata"] = crosscoder.metadata
         if isinstance(activation, JumpReLU):
             own["bandwidth"] = activation.bandwidth
         config = {
@@ -111,62 +127,69 @@ class CircuitTracer:
         }
         with whole_folder(folder, overwrite) as aside:
             for layer in range(crosscoder.n_layers):
-                encoder = {
-                    f"W_enc_{layer}": crosscoder.encoder_vectors(layer),
+                encoder: dict[str, Tensor | Rows] = {
+                    f"W_enc_{layer}": encoder_rows(crosscoder, layer),
                     f"b_enc_{layer}": crosscoder.b_enc[layer],
                     f"b_dec_{layer}": crosscoder.b_dec[layer],
                 }
                 if crosscoder.threshold is not None:
                     encoder[f"threshold_{layer}"] = crosscoder.threshold[layer]
                 save_tensors(aside / f"W_enc_{layer}.safetensors", encoder)
-                save_tensors(aside / f"W_dec_{layer}.safetensors", {f"W_dec_{layer}": crosscoder.decoder_view(layer)})
+                shape = (crosscoder.group_sizes[layer], crosscoder.n_layers - layer, crosscoder.d_model)
+                decoder = {f"W_dec_{layer}": decoder_rows(crosscoder, layer, *shape)}
+                save_tensors(aside / f"W_dec_{layer}.safetensors", decoder)
             (aside / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        return {}
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise FormatError(f"{folder.name}/{CONFIG} cannot be read as YAML ({error})") from error
-    if not isinstance(config, dict):
-        raise FormatError(f"{folder.name}/{CONFIG} holds {type(config).__name__}, where a mapping was expected")
+def _read_config(folder: Folder) -> dict[str, Any]:
+    config = folder.yaml(CONFIG) if CONFIG in folder else folder.json(JSON_CONFIG) if JSON_CONFIG in folder else {}
     if config.get("model_kind", KIND) != KIND:
-        raise FormatError(f"{folder.name}/{CONFIG} says model_kind {config['model_kind']!r}, but the files are a CLT's")
+        raise FormatError(
+            f"{folder.label}/{CONFIG} says model_kind {config['model_kind']!r}, but the files are a CLT's"
+        )
     return config
 
 
-def _count_layers(folder: Path) -> int:
+def _model_name(config: dict[str, Any]) -> str | None:
+    names = (config.get(key) for key in ("model_name", "base_model", "base_model_name", "model"))
+    return next((name for name in names if isinstance(name, str)), None)
+
+
+def _k(folder: Folder, config: dict[str, Any]) -> int:
+    k = config.get("k")
+    if not isinstance(k, int) or k < 1:
+        raise FormatError(
+            f"{folder.label} ranks latents by decoder norm, but its config gives no k (found {k!r}): how many a layer "
+            "to keep, on average, is expected under that name"
+        )
+    return k
+
+
+def _count_layers(folder: Folder) -> int:
     """Count the layers by both kinds of file, and by what the first decoder writes: a gap is a missing shard."""
-    found: dict[str, set[int]] = {"W_enc": set(), "W_dec": set()}
-    for path in folder.glob("W_*.safetensors"):
-        if match := re.fullmatch(r"(W_enc|W_dec)_(\d+)\.safetensors", path.name):
-            found[match[1]].add(int(match[2]))
-    n_layers = max(found["W_enc"] | found["W_dec"]) + 1
-    if 0 in found["W_dec"]:
-        shape, _ = read_header(folder / "W_dec_0.safetensors").get("W_dec_0", ((), None))
+    encoders, decoders = folder.numbered(ENCODERS), folder.numbered(DECODERS)
+    n_layers = max({*encoders} | {*decoders}) + 1
+    if 0 in decoders:
+        header: Header = folder.headers([decoders[0]])[decoders[0]]
+        shape, _ = header.get("W_dec_0", ((), None))
         n_layers = max(n_layers, shape[1]) if len(shape) == 3 else n_layers
-    for name, layers in found.items():
-        missing = sorted(set(range(n_layers)) - layers)
+    for name, found in (("W_enc", encoders), ("W_dec", decoders)):
+        missing = sorted(set(range(n_layers)) - set(found))
         if missing:
             files = ", ".join(f"{name}_{layer}.safetensors" for layer in missing)
-            raise FormatError(f"{folder.name}: {files} missing: the folder is incomplete, fetch or save it again")
+            raise FormatError(f"{folder.label}: {files} missing: the folder is incomplete, fetch or save it again")
     return n_layers
 
 
-def _site(folder: Path, hook: str) -> str:
-    if hook not in HOOKS:
-        raise FormatError(f"{folder.name}/{CONFIG} names the hook {hook!r}; known are {', '.join(HOOKS)}")
-    return HOOKS[hook]
+def _site(folder: Folder, hook: str) -> str:
+    return site_of(hook, TRANSFORMER_LENS, f"{folder.label}/{CONFIG}")
 
 
 def _check_fits(crosscoder: Crosscoder, read: str, write: str) -> None:
     """Refuse what the format cannot hold."""
-    wiring = crosscoder.wiring
+    wiring, hooks = crosscoder.wiring, {*TRANSFORMER_LENS.values()}
     reason = None
-    if read not in HOOKS.values() or write not in HOOKS.values():
+    if read not in hooks or write not in hooks:
         reason = f"it reads {read} and writes {write}"
     elif wiring != Wiring.clt(wiring.n_layers, read, write):
         reason = f"its wiring is {wiring.name}" + (" with affine skips" if wiring.skips else "")

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from clt_plugin.core import FORMATS, Activation, Crosscoder, FormatError, Host, Layout, Piece, Wiring, WiringError
 from clt_plugin.core.errors import RegistryError
-from clt_plugin.formats._files import Description, build, read_json, save_tensors, whole_folder
+from clt_plugin.formats._description import Description
+from clt_plugin.formats._files import Rows, decoder_rows, encoder_rows, save_tensors, whole_folder
+from clt_plugin.hub import Folder
 
 SCHEMA_VERSION = 1
 CONFIG, SHARED = "config.json", "shared.safetensors"
@@ -32,30 +33,19 @@ class Native:
 
     name = "native"
 
-    def sniff(self, folder: Path) -> bool:
+    def sniff(self, folder: Folder) -> bool:
         """Whether a folder is in this format."""
-        return (folder / CONFIG).is_file() and read_json(folder / CONFIG).get("format") == "clt_plugin"
+        return CONFIG in folder and folder.json(CONFIG).get("format") == "clt_plugin"
 
-    def load(
-        self,
-        folder: Path,
-        lazy: bool | str = "auto",
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Crosscoder:
-        """Load a folder; arguments as for `clt_plugin.load`."""
-        config = read_json(folder / CONFIG)
+    def describe(self, folder: Folder) -> Description:
+        """Say which tensor lies where."""
+        config = folder.json(CONFIG)
         version = config.get("schema_version")
         if version != SCHEMA_VERSION:
             raise FormatError(
-                f"{folder.name}/{CONFIG} has schema version {version!r}; this release reads version {SCHEMA_VERSION}: "
+                f"{folder.label}/{CONFIG} has schema version {version!r}; this release reads version {SCHEMA_VERSION}: "
                 "update clt_plugin, or save it again with the release that wrote it"
             )
-        crosscoder = build(self._describe(folder, config), lazy, dtype, device)
-        crosscoder.is_partial = bool(config.get("is_partial", False))
-        return crosscoder
-
-    def _describe(self, folder: Path, config: dict[str, Any]) -> Description:
         try:
             wiring = Wiring.from_dict(config["wiring"])
             sites = list(dict.fromkeys((*wiring.read_sites, *wiring.write_sites)))
@@ -67,23 +57,35 @@ class Native:
             host = Host(**config["host"])
             extras = [key for key in ("threshold", "decoder_norms") if config[f"has_{key}"]]
         except (KeyError, TypeError, ValueError, WiringError, RegistryError) as error:
-            raise FormatError(f"{folder.name}/{CONFIG} is not a crosscoder's config: {error}") from error
+            raise FormatError(f"{folder.label}/{CONFIG} is not a crosscoder's config: {error}") from error
         weights: dict[tuple[str, int], tuple[Piece, ...]] = {}
         vectors = {}
         for g, n in enumerate(sizes):
-            path = str(folder / _shard(g))
-            weights["W_enc", g] = (Piece(path, "W_enc", (n, layout.read_width(g))),)
-            weights["W_dec", g] = (Piece(path, "W_dec", (n, layout.write_width(g))),)
-            vectors["b_enc", g] = Piece(path, "b_enc", (n,))
+            file = folder.file(_shard(g))
+            weights["W_enc", g] = (Piece(file, "W_enc", (n, layout.read_width(g))),)
+            weights["W_dec", g] = (Piece(file, "W_dec", (n, layout.write_width(g))),)
+            vectors["b_enc", g] = Piece(file, "b_enc", (n,))
             for key in extras:
                 shape = () if key == "threshold" and activation.has_batch_threshold else (n,)
-                vectors["stored_norms" if key == "decoder_norms" else key, g] = Piece(path, key, shape)
-        shared = str(folder / SHARED)
+                vectors["stored_norms" if key == "decoder_norms" else key, g] = Piece(file, key, shape)
+        shared = folder.file(SHARED)
         for w, site in enumerate(wiring.write_sites):
             vectors["b_dec", w] = Piece(shared, f"b_dec.{w}", (layout.width[site],))
         for n, (read, write) in enumerate(wiring.skips):
             weights["W_skip", n] = (Piece(shared, f"W_skip.{n}", (layout.width[read], layout.width[write])),)
-        return Description(folder, wiring, layout.width, sizes, activation, host, weights, vectors)
+        return Description(
+            folder.label,
+            self.name,
+            wiring,
+            layout.width,
+            sizes,
+            activation,
+            host,
+            weights,
+            vectors,
+            metadata=config.get("metadata", {}),
+            is_partial=bool(config.get("is_partial", False)),
+        )
 
     def save(self, crosscoder: Crosscoder, folder: str | os.PathLike[str], overwrite: bool = False) -> None:
         """Write a folder, group by group; see `Crosscoder.save`."""
@@ -101,12 +103,13 @@ class Native:
             "has_decoder_norms": norms is not None,
             "host": crosscoder.host.to_dict(),
             "is_partial": crosscoder.is_partial,
+            "metadata": crosscoder.metadata,
         }
         with whole_folder(folder, overwrite) as aside:
             for g in range(crosscoder.wiring.n_groups):
-                shard = {
-                    "W_enc": crosscoder.encoder_vectors(g),
-                    "W_dec": crosscoder.decoder_vectors(g),
+                shard: dict[str, Tensor | Rows] = {
+                    "W_enc": encoder_rows(crosscoder, g),
+                    "W_dec": decoder_rows(crosscoder, g),
                     "b_enc": crosscoder.b_enc[g],
                 }
                 if threshold is not None and measured:
@@ -114,7 +117,7 @@ class Native:
                 if norms is not None:
                     shard["decoder_norms"] = norms[g]
                 save_tensors(aside / _shard(g), shard)
-            shared = {f"b_dec.{w}": bias for w, bias in enumerate(crosscoder.b_dec)}
+            shared: dict[str, Tensor | Rows] = {f"b_dec.{w}": bias for w, bias in enumerate(crosscoder.b_dec)}
             for n in range(len(crosscoder.wiring.skips)):
                 shared[f"W_skip.{n}"] = crosscoder.store.get("W_skip", n)
             save_tensors(aside / SHARED, shared)
