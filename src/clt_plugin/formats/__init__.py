@@ -6,7 +6,8 @@ A format is an object with a ``name`` and the methods ``sniff(folder)``, ``descr
 """
 
 from clt_plugin.core import FORMATS
-from clt_plugin.formats import circuit_tracer, native  # noqa: F401 - they register themselves
+from clt_plugin.formats import circuit_tracer as circuit_tracer  # each registers itself
+from clt_plugin.formats import native as native
 from clt_plugin.formats._description import Description, Formula, build, join
 from clt_plugin.formats.loading import describe, load, recognise
 

@@ -77,19 +77,24 @@ def write_topk(folder: Path, norms_apart: bool) -> Oracle:
     return oracle
 
 
-TOPK = {"format": "circuit-tracer", "wiring": WIRING, "activation": "TopK(k=2, scope='joint', score='decoder_norm')"}
-TOPK |= {"host": cp.Host("Qwen/Qwen3-8B-Base", None, N_LAYERS, 1), "damageable": "W_dec_1.safetensors"}
+NAME = "circuit-tracer"
+JOINT = "TopK(k=2, scope='joint', score='decoder_norm')"
+QWEN = cp.Host("Qwen/Qwen3-8B-Base", None, N_LAYERS, 1)
 LAYOUTS = [
     Layout(
-        "circuit-tracer, ReLU", "circuit-tracer", lambda f: write(f, False), WIRING, "ReLU()", HOST, "W_enc_1.safetensors"
+        "circuit-tracer, ReLU", NAME, lambda folder: write(folder, False),
+        WIRING, "ReLU()", HOST, "W_enc_1.safetensors",
     ),
     Layout(
-        "circuit-tracer, JumpReLU", "circuit-tracer", lambda f: write(f, True), WIRING, "JumpReLU(bandwidth=0.001)", HOST,
-        "W_dec_0.safetensors",
+        "circuit-tracer, JumpReLU", NAME, lambda folder: write(folder, True),
+        WIRING, "JumpReLU(bandwidth=0.001)", HOST, "W_dec_0.safetensors",
     ),
-    Layout(name="cross-layer TopK", write=lambda f: write_topk(f, False), **TOPK),
     Layout(
-        name="cross-layer TopK, norms apart", write=lambda f: write_topk(f, True), **TOPK,
-        optional_keys=frozenset(["W_dec_norm_1"]),
+        "cross-layer TopK", NAME, lambda folder: write_topk(folder, False),
+        WIRING, JOINT, QWEN, "W_dec_1.safetensors",
+    ),
+    Layout(
+        "cross-layer TopK, norms apart", NAME, lambda folder: write_topk(folder, True),
+        WIRING, JOINT, QWEN, "W_dec_1.safetensors", optional_keys=frozenset(["W_dec_norm_1"]),
     ),
 ]  # fmt: skip
