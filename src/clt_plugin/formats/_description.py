@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from clt_plugin.core import Activation, Crosscoder, File, FormatError, Host, Layout, LazyStore, Piece, Wiring
 from clt_plugin.core.files import Header
-from clt_plugin.hub import fetch, read_headers
+from clt_plugin.hub import RemoteFile, fetch, read_headers
 
 LAZY_SHARE = 0.4
 """With ``lazy="auto"``, weights larger than this share of the free memory stay on disk."""
+
+FEW_ROWS = 256
+"""Up to how many latents of a group are fetched row by row from the Hub, instead of with the file they lie in."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ class Description:
             pairs = ((kind, new, old) for kind in kinds for new, old in enumerate(number.get(kind, groups)))
             return {(kind, new): held[kind, old] for kind, new, old in pairs if (kind, old) in held}
 
+        ignored = {file: set(keys) for file, keys in self.ignored.items()}
+        for piece in self.pieces:  # known, if not needed
+            ignored.setdefault(str(piece.file), set()).add(piece.key)
         sizes = tuple(self.n_latents[g] for g in groups)
         width = Layout.of(self.wiring, self.d_model).width
         return replace(
@@ -109,6 +115,7 @@ class Description:
             n_latents=sizes,
             weights=kept(self.weights),
             vectors=kept(self.vectors),
+            ignored={file: frozenset(keys) for file, keys in ignored.items()},
             is_partial=True,
         )
 
@@ -201,7 +208,8 @@ def build(
         device=device,
         store=LazyStore(description.weights, dtype, device, latents),
     )
-    crosscoder.metadata = dict(description.metadata)
+    sources = list(dict.fromkeys(file.source for file in description.files if isinstance(file, RemoteFile)))
+    crosscoder.metadata = dict(description.metadata) | ({"source": sources} if sources else {})
     crosscoder.is_partial = description.is_partial or bool(latents)
     if any(name == "stored_norms" for name, _ in description.vectors):
         empty = (torch.zeros(n, dtype=dtype, device=device) for n in n_latents)
@@ -224,12 +232,11 @@ def build(
 
 
 def _files_in_full(description: Description, latents: Mapping[int, Tensor]) -> list[File]:
-    """Return the files to fetch: those of weights, without those of which only some rows are needed."""
+    """Return the files to fetch: those of weights, without those of which only a few rows are needed."""
     needed = []
     for (kind, number), pieces in description.weights.items():
-        for piece in pieces:
-            if kind == "W_skip" or number not in latents or piece.rows_last:
-                needed.append(piece.file)
+        few = kind != "W_skip" and number in latents and len(latents[number]) <= FEW_ROWS
+        needed += [piece.file for piece in pieces if not few or piece.rows_last]
     return list(dict.fromkeys(needed))
 
 

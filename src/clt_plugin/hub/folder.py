@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from clt_plugin.core import File, FormatError
+from clt_plugin.core import File, FormatError, HubError
 from clt_plugin.core.files import Header
 
 
@@ -75,11 +75,7 @@ class Folder:
 
     def text(self, name: str) -> str:
         """Read a small text file."""
-        return self._local(name).read_text(encoding="utf-8")
-
-    def _local(self, name: str) -> Path:
-        """Return the path of a small file on this machine."""
-        return self.path / name
+        return (self.path / name).read_text(encoding="utf-8")
 
     def json(self, name: str) -> dict[str, Any]:
         """Read a JSON object; what is not one is refused."""
@@ -93,6 +89,8 @@ class Folder:
         if name not in self._configs:
             try:
                 data = parse(self.text(name))
+            except HubError:
+                raise
             except (OSError, ValueError, yaml.YAMLError) as error:
                 raise FormatError(f"{self.label}/{name} cannot be read as {language} ({error})") from error
             if not isinstance(data, dict):

@@ -206,9 +206,13 @@ class RemoteFolder(Folder):
         found = read_headers(files.values())
         return {name: found[file] for name, file in files.items()}
 
-    def _local(self, name: str) -> Path:
-        self.repository.fetch([f"{self.prefix}/{name}" if self.prefix else name])
-        return self.path / name
+    def text(self, name: str) -> str:
+        """Read a small text file, from the cache if it is there."""
+        if (self.path / name).is_file():
+            return super().text(name)
+        path = f"{self.prefix}/{name}" if self.prefix else name
+        size = self.sizes.get(path)
+        return self.repository.read(path, 0, size).decode("utf-8") if size else ""
 
     def elsewhere(self, reference: str) -> Folder:
         """Open a folder of another repository, which a config names."""
@@ -230,6 +234,11 @@ class RemoteFile(File):
     repository: Repository = field(kw_only=True, compare=False)
     remote_path: str = field(kw_only=True)
     listed_size: int | None = field(kw_only=True)
+
+    @property
+    def source(self) -> str:
+        """A reference to the repository at its commit."""
+        return str(Reference(self.repository.name, revision=self.repository.commit))
 
     @property
     def size(self) -> int | None:
