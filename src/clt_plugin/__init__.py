@@ -20,7 +20,7 @@ from clt_plugin.core import (
     Wiring,
     WiringError,
 )
-from clt_plugin.formats import load
+from clt_plugin.formats import convert, inspect, load
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,8 @@ __all__ = [
     "Wiring",
     "WiringError",
     "add_clt",
+    "convert",
+    "inspect",
     "load",
 ]
 

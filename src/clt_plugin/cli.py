@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 
+T = TypeVar("T")
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_show_locals=False)
 
 
@@ -25,6 +29,72 @@ def demo(
     from clt_plugin.demo.run import run_demo
 
     run_demo(output)
+
+
+Reference = Annotated[str, typer.Argument(help="A folder, hf://owner/name[/folder][@revision], or a short name.")]
+
+
+class Dtype(StrEnum):
+    """What weights may be converted to."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def inspect(
+    reference: Reference,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what lies at a reference, from configs and headers alone."""
+    from clt_plugin.formats import inspect as inspect_reference
+
+    found = _or_exit(lambda: inspect_reference(reference))
+    typer.echo(json.dumps(found.to_dict(), indent=1) if as_json else str(found))
+    raise typer.Exit(0 if found.is_complete else 1)
+
+
+@app.command()
+def convert(
+    source: Reference,
+    target: Annotated[Path, typer.Argument(help="The folder to make.")],
+    format: Annotated[str, typer.Option("--format", "-f", help="native or circuit-tracer.")] = "native",
+    dtype: Annotated[Dtype | None, typer.Option(help="Convert to it.")] = None,
+    layers: Annotated[list[int] | None, typer.Option("--layer", "-l", help="Keep this layer; may be repeated.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that holds something.")] = False,
+) -> None:
+    """Write a crosscoder in another format, some rows at a time, and verify it."""
+    import torch
+
+    from clt_plugin.formats import convert as convert_crosscoder
+
+    kept = getattr(torch, dtype.value) if dtype else None
+    _or_exit(lambda: convert_crosscoder(source, target, format, dtype=kept, layers=layers or None, overwrite=overwrite))
+    typer.echo(f"wrote {target} ({format}); every value was read back and compared")
+
+
+@app.command("list")
+def list_known(
+    containing: Annotated[str, typer.Argument(help="Show those whose name or model contains this.")] = "",
+) -> None:
+    """List the known crosscoders and their short names, which `cp.load` and `add_clt` take."""
+    from rich.console import Console
+
+    from clt_plugin.hub import CATALOGUE
+
+    Console().print(_or_exit(lambda: CATALOGUE.table(containing)))
+
+
+def _or_exit(call: Callable[[], T]) -> T:
+    """Call; print an error of ours as one line, without a traceback."""
+    from clt_plugin.core import FormatError, HubError, RegistryError, WiringError
+
+    try:
+        return call()
+    except (FormatError, HubError, RegistryError, WiringError, FileExistsError, ValueError) as error:
+        typer.secho(f"clt: {error}", err=True, fg="red")
+        raise typer.Exit(2) from error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ at a time, and offsets counted here. It takes from a crosscoder its parameters, 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,7 @@ WIRINGS = {
 ACTIVATIONS = {
     "relu": ("relu", {}),
     "jumprelu": ("jumprelu", {"bandwidth": 0.9}),
+    "topk-unrectified": ("topk", {"k": 4, "rectify": False}),
     **{
         f"{kind}-{scope}-{score}": (kind, {"k": 2, "scope": scope, "score": score})
         for kind in ("topk", "batchtopk")
@@ -113,19 +116,27 @@ def brute_norms(cc: Crosscoder, p: dict[str, Tensor], group: int, kind: str) -> 
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def _best(scores: dict[tuple, float], n: int) -> set[tuple]:
-    return {key for key in sorted(scores, key=scores.__getitem__, reverse=True)[:n] if scores[key] > 0}
+def _best(scores: dict[tuple, float], n: int, floor: float) -> set[tuple]:
+    return {key for key in sorted(scores, key=scores.__getitem__, reverse=True)[:n] if scores[key] > floor}
+
+
+def _floor(cc: Crosscoder) -> float:
+    """Below which no pre-activation is kept."""
+    return 0.0 if getattr(cc.activation, "rectify", True) else -math.inf
 
 
 def all_scores(cc: Crosscoder, p: dict[str, Tensor], hs: list[list[Tensor]]) -> dict[tuple[int, int, int], float]:
-    """Return the score of each (group, token, latent): relu(h), times the decoder norm where it ranks by that."""
+    """Return the score of each (group, token, latent): relu(h), times the decoder norm where it ranks by that.
+
+    Of a TopK that does not rectify the score is h.
+    """
     ranked = getattr(cc.activation, "score", "activation") == "decoder_norm"
     scores = {}
     for g, rows in enumerate(hs):
         norms = brute_norms(cc, p, g, "concatenated") if ranked else None
         for t, h in enumerate(rows):
             for i, value in enumerate(h.detach().tolist()):
-                scores[g, t, i] = max(value, 0.0) * (float(norms[i]) if ranked else 1.0)
+                scores[g, t, i] = max(value, _floor(cc)) * (float(norms[i]) if ranked else 1.0)
     return scores
 
 
@@ -155,7 +166,7 @@ def selected(
         pool = (None if activation.joint else g, t if activation.name == "topk" else None)
         pools.setdefault(pool, {})[g, t, i] = score
     places = activation.k * (n_groups if activation.joint else 1) * (n_tokens if activation.name == "batchtopk" else 1)
-    return set().union(*(_best(pool, places) for pool in pools.values()))
+    return set().union(*(_best(pool, places, _floor(cc)) for pool in pools.values()))
 
 
 def brute_cut(cc: Crosscoder, p: dict[str, Tensor], x: dict[Site, Tensor]) -> list[float]:

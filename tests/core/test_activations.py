@@ -68,10 +68,11 @@ def test_the_kernel_is_an_unbiased_slope_of_the_expected_value():
         lambda h: jumprelu(h, torch.full((6,), 0.2, dtype=h.dtype)),
         lambda h: topk(h, 2),
         lambda h: topk(h, 2, torch.arange(1.0, 7.0, dtype=h.dtype)),
+        lambda h: topk(h, 4, rectify=False),
         lambda h: batchtopk(h, 2),
         lambda h: batchtopk(h, 2, torch.arange(1.0, 7.0, dtype=h.dtype)),
     ],
-    ids=["relu", "jumprelu", "topk", "topk scaled", "batchtopk", "batchtopk scaled"],
+    ids=["relu", "jumprelu", "topk", "topk scaled", "topk unrectified", "batchtopk", "batchtopk scaled"],
 )
 def test_finite_differences(function):
     """Each function is smooth away from its jumps, and no entry here is within 1e-3 of one."""
@@ -84,6 +85,14 @@ def test_topk():
     assert topk(h, 2).tolist() == [[3, 0, 2, 0], [0, 0, 0.5, 0]]
     assert topk(h, 9).tolist() == h.relu().tolist()
     assert topk(h, 1, torch.tensor([1.0, 10.0, 1.0, 100.0])).tolist() == [[0, 1, 0, 0], [0, 0, 0.5, 0]]
+
+
+def test_topk_unrectified():
+    """The k largest of h itself: where fewer than k are positive, negative ones are kept as they are."""
+    h = torch.tensor([[3.0, 1.0, 2.0, -4.0], [-1.0, -2.0, 0.5, -3.0]])
+    assert topk(h, 2, rectify=False).tolist() == [[3, 0, 2, 0], [-1, 0, 0.5, 0]]
+    assert topk(h, 9, rectify=False).tolist() == h.tolist()
+    assert TopK(2, rectify=False)(h, None, None, False).tolist() == topk(h, 2, rectify=False).tolist()
 
 
 def test_batchtopk():
@@ -116,7 +125,11 @@ def test_make():
     assert Activation.make("batchtopk", k=3, scope="joint") == BatchTopK(3, "joint")
     assert Activation.make(TopK(3)) == TopK(3)
     assert TopK(3).to_dict() == {"name": "topk", "k": 3, "scope": "group", "score": "activation"}
-    for activation in (ReLU(), JumpReLU(0.1), TopK(3, "joint"), BatchTopK(2, score="decoder_norm")):
+    assert repr(TopK(3)) == "TopK(k=3, scope='group', score='activation')"
+    assert repr(TopK(3, rectify=False)) == "TopK(k=3, scope='group', score='activation', rectify=False)"
+    assert TopK(3, rectify=False).to_dict()["rectify"] is False
+    made = (ReLU(), JumpReLU(0.1), TopK(3, "joint"), TopK(3, rectify=False), BatchTopK(2, score="decoder_norm"))
+    for activation in made:
         settings = activation.to_dict()
         assert Activation.make(settings.pop("name"), **settings) == activation
 
@@ -129,6 +142,9 @@ REFUSED = {
     "negative k": (("batchtopk", {"k": -2}), "k must be a whole number of at least 1, not -2"),
     "scope": (("topk", {"k": 1, "scope": "layer"}), "scope must be 'group' or 'joint', not 'layer'"),
     "score": (("topk", {"k": 1, "score": "norm"}), "score must be 'activation' or 'decoder_norm', not 'norm'"),
+    "unrectified, joint": (("topk", {"k": 1, "rectify": False, "scope": "joint"}), "ranks h within a group"),
+    "unrectified, ranked": (("topk", {"k": 1, "rectify": False, "score": "decoder_norm"}), "and score 'activation'"),
+    "BatchTopK unrectified": (("batchtopk", {"k": 1, "rectify": False}), "takes k, scope, score, not rectify"),
     "both": ((TopK(3), {"k": 4}), "has its settings: k can't be given beside it"),
 }
 

@@ -153,6 +153,32 @@ def test_moved_to_another_device(tmp_path, weight):
     assert (got.device.type, got.dtype, got.shape) == ("meta", torch.float16, weight.shape)
 
 
+# ---------------------------------------------------------------- scales
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows_last", [False, True])
+def test_scales(tmp_path, weight, rows_last, dtype):
+    """A factor a column and one a row, for whichever rows are read, in whichever order, however they are asked for."""
+    stored, columns, factors = weight.to(dtype), torch.rand(3 * D) + 0.5, torch.rand(N) + 0.5
+    path = write(tmp_path, W=stored.T if rows_last else stored)
+    shape = (3 * D, N) if rows_last else (N, 3 * D)
+    piece = Piece(File(path), "W", shape, rows_last=rows_last, scale=columns, row_scale=factors)
+    wide = torch.promote_types(dtype, torch.float32)
+    want = stored.to(wide) * columns * factors.to(wide)[:, None]
+    for rows in (None, slice(2, 5), *(torch.tensor(rows, dtype=torch.long) for rows in ROWS.values() if rows)):
+        got = read_piece(piece, rows)
+        assert got.dtype == wide
+        assert torch.equal(got, want if rows is None else want[rows])
+    store = LazyStore({("W_dec", 0): (piece,), ("W_enc", 0): (piece,)}, dtype=torch.float64)
+    x, y = torch.randn(2, N, dtype=torch.float64), torch.randn(2, 3 * D, dtype=torch.float64)
+    torch.testing.assert_close(product(x, store, "W_dec", 0), x @ want.double())
+    torch.testing.assert_close(product(y, store, "W_enc", 0), y @ want.double().T)
+    kept = LazyStore({("W_dec", 0): (piece,)}, latents={0: torch.tensor([6, 2, 3])})
+    assert torch.equal(kept.get("W_dec", 0), want[[6, 2, 3]])
+    assert torch.equal(kept.get("W_dec", 0, torch.tensor([2, 0])), want[[3, 6]])
+
+
 # ---------------------------------------------------------------- what is refused
 
 

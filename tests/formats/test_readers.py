@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import clt_plugin as cp
 from clt_plugin import formats
+from clt_plugin.formats import conversion
 from clt_plugin.hub import Folder, open_folders
 from support import layouts
+from support.hub_server import HubServer, use
 from support.layouts import Layout
 
 MODULES = [
@@ -95,6 +97,34 @@ def test_rows_are_read_alike(layout, tmp_path):
         for rows in (torch.tensor([n - 1, 0]), torch.tensor([], dtype=torch.long)):
             assert torch.equal(lazy.encoder_vectors(g, rows), whole.encoder_vectors(g)[rows])
             assert torch.equal(lazy.decoder_vectors(g, rows), whole.decoder_vectors(g)[rows])
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with HubServer() as server:
+        yield server
+
+
+@every_layout
+def test_from_the_hub(layout, tmp_path, hub):
+    """Described from headers alone, then fetched; and some latents by ranges of bytes, as a whole copy has them."""
+    reference, oracle = written(layout, tmp_path / "x")
+    name = f"owner/{re.sub('[^a-z0-9]+', '-', layout.name.lower()).strip('-')}"
+    files = [path for path in (tmp_path / "x").rglob("*") if path.is_file()]
+    hub.add(name, {f"sub/{path.relative_to(tmp_path / 'x')}": path for path in files})
+    on_hub = f"hf://{name}/sub" + (f"/{layout.reference}" if layout.reference else "")
+    with use(hub, tmp_path / "machine"):
+        clt = cp.load(on_hub, lazy=True)
+        assert_reconstructs(clt, oracle, layout.tolerance)
+        assert clt.metadata["source"][0].startswith(f"hf://{name}@")
+    whole, home = cp.load(reference), clt.wiring.home[-1]
+    competing = whole.activation.ranks and not whole.has_measured_threshold
+    choice = {} if competing else {"features": {home: [2, 0]}}
+    if competing and whole.activation.joint:
+        return
+    with use(hub, tmp_path / "another"):
+        few = cp.load(on_hub, layers=[home], **choice)
+    assert list(conversion.differences(few, whole.select([home], **choice))) == []
 
 
 # ---------------------------------------------------------------- damage

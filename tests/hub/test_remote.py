@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.hub_server import HubServer, use
 
 import clt_plugin as cp
 from clt_plugin.hub import remote
+from support.hub_server import HubServer, use
 
 N_LAYERS, D, F = 4, 16, 64
 REPO = "owner/some-clt"
@@ -182,7 +182,7 @@ def test_a_cut_connection_is_resumed(hub, clt, commit):
 
 def test_a_connection_that_stays_cut(hub, clt, commit, tmp_path):
     hub.cut(REPO, "W_dec_0.safetensors", after=300_000, times=None)
-    with pytest.raises(cp.HubError, match="connection failed.*run it again"):
+    with pytest.raises(cp.HubError, match=r"connection failed.*run it again"):
         cp.load(f"hf://{REPO}")
     with use(hub, tmp_path / "machine", offline=True), pytest.raises(cp.HubError, match="W_dec_0"):
         cp.load(f"hf://{REPO}")

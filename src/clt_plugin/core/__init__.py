@@ -6,7 +6,7 @@ from clt_plugin.core.errors import AttachError, FormatError, HubError, RegistryE
 from clt_plugin.core.features import SparseFeatures, SparseGroup
 from clt_plugin.core.files import File
 from clt_plugin.core.host import Host, Sites
-from clt_plugin.core.registry import FORMATS, Registry
+from clt_plugin.core.registry import FORMATS, SERVICES, Registry
 from clt_plugin.core.store import LazyStore, MemoryStore, Piece, Store
 from clt_plugin.core.wiring import MODEL, SITE_NAMES, Layout, Site, Wiring
 
@@ -14,6 +14,7 @@ __all__ = [
     "ACTIVATIONS",
     "FORMATS",
     "MODEL",
+    "SERVICES",
     "SITE_NAMES",
     "Activation",
     "AttachError",

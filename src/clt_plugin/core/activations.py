@@ -84,15 +84,18 @@ def step(h: Float[Tensor, "*batch f"], threshold: Float[Tensor, " f"], bandwidth
     return _Step.apply(h, threshold, bandwidth)
 
 
-def topk(h: Float[Tensor, "*batch f"], k: int, scale: Float[Tensor, " f"] | None = None) -> Tensor:
+def topk(
+    h: Float[Tensor, "*batch f"], k: int, scale: Float[Tensor, " f"] | None = None, rectify: bool = True
+) -> Tensor:
     """Keep the k largest of relu(h) for each token (Gao et al. 2024, "Scaling and evaluating sparse autoencoders").
 
     Args:
         h: Pre-activations, (..., n_latents).
         k: How many latents to keep a token; fewer are active where fewer are positive.
         scale: Rank by ``relu(h) * scale`` instead, (n_latents,).
+        rectify: False takes h itself for relu(h): always k are kept, and where fewer are positive some are negative.
     """
-    acts = h.relu()
+    acts = h.relu() if rectify else h
     score = acts.detach() if scale is None else acts.detach() * scale
     keep = torch.zeros_like(acts, dtype=torch.bool)
     keep.scatter_(-1, score.topk(min(k, h.shape[-1]), dim=-1).indices, True)
@@ -267,13 +270,34 @@ class _Ranked(Activation):
 
 @dataclass(frozen=True)
 class TopK(_Ranked):
-    """The k largest of ``relu(h)`` for each token, see `topk`."""
+    """The k largest of ``relu(h)`` for each token, see `topk`.
+
+    Attributes:
+        rectify: False ranks and keeps h itself, the negative too, as some tools do.
+    """
 
     name: ClassVar[str] = "topk"
+    rectify: bool = True
+
+    def __post_init__(self) -> None:
+        _Ranked.__post_init__(self)
+        if not self.rectify and (self.joint or self.ranks_by_decoder_norm):
+            raise WiringError("rectify=False ranks h within a group: scope is 'group' then, and score 'activation'")
 
     def __call__(self, h: Tensor, threshold: Tensor | None, scale: Tensor | None, training: bool) -> Tensor:
         """Activate; see `Activation.__call__`."""
-        return topk(h, self.k, scale)
+        return topk(h, self.k, scale, self.rectify)
+
+    # Shown and stored only where it is not the usual: what was written before it was there reads the same.
+
+    def __repr__(self) -> str:
+        rectify = "" if self.rectify else ", rectify=False"
+        return f"TopK(k={self.k}, scope={self.scope!r}, score={self.score!r}{rectify})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the activation as plain data, for JSON."""
+        data = Activation.to_dict(self)
+        return {key: value for key, value in data.items() if key != "rectify" or not value}
 
 
 @dataclass(frozen=True)

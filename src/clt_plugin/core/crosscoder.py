@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -37,13 +36,14 @@ from clt_plugin.core.features import (
     stack_groups,
 )
 from clt_plugin.core.host import Host, Sites
+from clt_plugin.core.persistence import Persistent
 from clt_plugin.core.store import KINDS, LazyStore, MemoryStore, Store, product
 from clt_plugin.core.wiring import Layout, Site, Wiring
 
 NORM_KINDS = ("concatenated", "separate", "per_write")
 
 
-class Crosscoder(nn.Module):
+class Crosscoder(Persistent, nn.Module):
     """Groups of latents that read and write sites of a model, see `Wiring`.
 
     Users of transcoders know it as `CrossLayerTranscoder`: the same class, with a wiring that writes MLP outputs.
@@ -404,19 +404,6 @@ class Crosscoder(nn.Module):
 
     is_partial: bool = False
     """Whether groups or latents were left out by `select`, so that its reconstruction is not the whole's."""
-
-    def save(self, folder: str | PathLike[str], format: str = "native", overwrite: bool = False) -> None:
-        """Save to a folder, atomically: what was there stays until everything new is written.
-
-        Args:
-            folder: Where to; made if missing.
-            format: ``"native"``, ``"circuit-tracer"``, or any registered format that writes.
-            overwrite: Whether a folder that holds something may be replaced.
-        """
-        # Imported here, since a crosscoder that travels to a remote model takes its globals along.
-        from clt_plugin.core.registry import FORMATS
-
-        FORMATS[format].save(self, folder, overwrite=overwrite)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return all parameters by name. Of a lazy crosscoder this reads every weight into memory."""

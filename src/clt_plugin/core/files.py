@@ -5,6 +5,7 @@ Reading some rows of a mapped tensor touches these rows alone, whichever kind of
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ Header = dict[str, tuple[tuple[int, ...], torch.dtype | str]]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What safetensors calls the dtypes that weights may have."""
+
+ASKED_FROM = 2**20
+"""From how many bytes on rows are asked for ahead: on a cold disk it halves the time, on a warm one it costs 2 ms."""
 
 AGAIN = "fetch or save it again"
 
@@ -38,6 +42,11 @@ class File:
 
     def __str__(self) -> str:
         return self.label or os.path.basename(self.path)
+
+    @property
+    def parts(self) -> tuple[File, ...]:
+        """The files it is made of: itself, unless it is a view of others."""
+        return (self,)
 
     @property
     def is_here(self) -> bool:
@@ -69,7 +78,25 @@ class File:
         with _said(f"{self}: cannot read {key}", AGAIN):
             for index in at:
                 tensor = tensor[index]
+            if isinstance(rows, Tensor):
+                self._ask_ahead(key, tensor, rows)
             return tensor if rows is None else tensor[rows]
+
+    def _ask_ahead(self, key: str, tensor: Tensor, rows: Tensor) -> None:
+        """Tell the system which rows will be read, so that a disk is asked for all of them and not for page by page."""
+        length = tensor[:1].nbytes
+        if (
+            len(rows) * length < ASKED_FROM
+            or not self.path.endswith(".safetensors")
+            or not hasattr(os, "posix_fadvise")
+        ):
+            return
+        with open(self.path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            start = 8 + size + json.loads(file.read(size))[key]["data_offsets"][0]
+            start += tensor.storage_offset() * tensor.element_size()
+            for row in rows.unique().tolist():
+                os.posix_fadvise(file.fileno(), start + row * length, length, os.POSIX_FADV_WILLNEED)
 
 
 class _said:

@@ -59,3 +59,6 @@ class Registry(Generic[T]):
 
 FORMATS: Registry[Any] = Registry("format")
 """On-disk formats by name; `clt_plugin.formats` fills it."""
+
+SERVICES: Registry[Any] = Registry("service")
+"""What outer layers do for methods of the core: loading and publishing."""

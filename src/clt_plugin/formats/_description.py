@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 from clt_plugin.core import Activation, Crosscoder, File, FormatError, Host, Layout, LazyStore, Piece, Wiring
 from clt_plugin.core.files import Header
+from clt_plugin.core.store import ABOUT_ZERO, is_finite, read_piece
 from clt_plugin.hub import RemoteFile, fetch, read_headers
 
 LAZY_SHARE = 0.4
 """With ``lazy="auto"``, weights larger than this share of the free memory stay on disk."""
+
+SAMPLED_ROWS = 8
+"""Of a decoder with entries that must be about 0, how many rows are looked at when it is loaded."""
 
 FEW_ROWS = 256
 """Up to how many latents of a group are fetched row by row from the Hub, instead of with the file they lie in."""
@@ -197,6 +202,7 @@ def build(
     device = torch.device(device or "cpu")
     # What a few latents are taken of need not be fetched whole, nor what only a bias is taken of.
     fetch(_files_in_full(description, latents))
+    _check_early_targets(description, latents)
     n_latents = tuple(len(latents[g]) if g in latents else n for g, n in enumerate(description.n_latents))
     crosscoder = Crosscoder(
         description.wiring,
@@ -208,7 +214,8 @@ def build(
         device=device,
         store=LazyStore(description.weights, dtype, device, latents),
     )
-    sources = list(dict.fromkeys(file.source for file in description.files if isinstance(file, RemoteFile)))
+    parts = (part for file in description.files for part in file.parts)
+    sources = list(dict.fromkeys(part.source for part in parts if isinstance(part, RemoteFile)))
     crosscoder.metadata = dict(description.metadata) | ({"source": sources} if sources else {})
     crosscoder.is_partial = description.is_partial or bool(latents)
     if any(name == "stored_norms" for name, _ in description.vectors):
@@ -240,6 +247,33 @@ def _files_in_full(description: Description, latents: Mapping[int, Tensor]) -> l
     return list(dict.fromkeys(needed))
 
 
+def _check_early_targets(description: Description, latents: Mapping[int, Tensor]) -> None:
+    """Read a few rows of each decoder whose early targets must be about 0: refused here, not at its first use."""
+    for (_, number), pieces in description.weights.items():
+        for piece in pieces:
+            if piece.zeros is None:
+                continue
+            kept = latents.get(number, torch.arange(piece.shape[len(piece.at)]))
+            rows = kept[torch.linspace(0, len(kept) - 1, SAMPLED_ROWS).long().unique()]
+            try:
+                read_piece(piece, rows)
+            except FormatError as error:
+                _explain_if_relative(piece, rows, error)
+                raise
+
+
+def _explain_if_relative(piece: Piece, rows: Tensor, error: FormatError) -> None:
+    """Say so of a decoder that counts targets from its source: its last targets are 0, not its first."""
+    largest = piece.file.read(piece.key, piece.at, rows).abs().amax(dim=(0, 2))
+    assert piece.zeros is not None
+    n_early = piece.zeros[1] - piece.zeros[0]
+    if bool(largest[-n_early:].max() <= ABOUT_ZERO * largest.max()):
+        raise FormatError(
+            f"{piece.file}: {piece.key} is 0 at its last {n_early} targets, not at its first: it seems to count "
+            "targets from its source on, where this format counts from the first layer, so it is refused"
+        ) from error
+
+
 def _is_large(crosscoder: Crosscoder, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether weights exceed `LAZY_SHARE` of what is free where they would go."""
     widths = crosscoder.layout
@@ -260,6 +294,20 @@ def check(description: Description) -> set[torch.dtype]:
     for file, pieces in by_file.items():
         dtypes |= _check_file(file, headers[file], pieces, description.ignored.get(str(file), frozenset()))
     return dtypes
+
+
+def check_files(description: Description) -> tuple[set[torch.dtype], list[str]]:
+    """Do the same and go on: return the dtypes found, and everything that is wrong."""
+    dtypes: set[torch.dtype] = set()
+    problems = []
+    with contextlib.suppress(FormatError):  # each is met again below
+        read_headers(description.files)  # several at a time
+    for file, pieces in _by_file(description.pieces).items():
+        try:
+            dtypes |= _check_file(file, file.header(), pieces, description.ignored.get(str(file), frozenset()))
+        except FormatError as error:
+            problems.append(str(error))
+    return dtypes, problems
 
 
 def _check_file(file: File, header: Header, pieces: Iterable[Piece], ignored: frozenset[str]) -> set[torch.dtype]:
@@ -300,6 +348,6 @@ def read_vector(vector: Piece | Formula) -> Tensor:
         tensor, where = vector.file.read(vector.key, vector.at), vector
         if vector.scale is not None:
             tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32)) * vector.scale
-    if not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         raise FormatError(f"{where.file}: {where.key} holds values that are not finite (nan or inf)")
     return tensor

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,9 +18,23 @@ from torch import Tensor
 
 from clt_plugin.core import Crosscoder, FormatError
 from clt_plugin.core.files import DTYPES
+from clt_plugin.core.store import is_finite
 
 CHUNK_BYTES = 64 * 2**20
 """How much of a tensor is in memory at a time while it is written."""
+
+
+_written: ContextVar[Callable[[int], Any]] = ContextVar("_written", default=lambda n_bytes: None)
+
+
+@contextmanager
+def progress(written: Callable[[int], Any]) -> Iterator[None]:
+    """Have a function told of every chunk of so many bytes that is written within."""
+    token = _written.set(written)
+    try:
+        yield
+    finally:
+        _written.reset(token)
 
 
 @dataclass(frozen=True)
@@ -93,12 +108,13 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor | Rows]) -> None:
 def _write(file: IO[bytes], key: str, rows: Rows) -> None:
     written = 0
     for chunk in rows.chunks():
-        if not bool(torch.isfinite(chunk).all()):
+        if not is_finite(chunk):
             raise FormatError(f"{key} holds values that are not finite (nan or inf): nothing was saved")
         plain = chunk.detach().to("cpu", rows.dtype).contiguous()
         data: Any = plain.reshape(-1).view(torch.uint8).numpy().data
         file.write(data)
         written += data.nbytes
+        _written.get()(data.nbytes)
     if written != rows.n_bytes:
         raise FormatError(f"{key} has {written:,} bytes, where {rows.shape} of {rows.dtype} takes {rows.n_bytes:,}")
 

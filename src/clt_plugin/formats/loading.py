@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from clt_plugin.core import FORMATS, Crosscoder, FormatError
+from clt_plugin.core import FORMATS, SERVICES, Crosscoder, FormatError
 from clt_plugin.core._subset import chosen_groups
 from clt_plugin.formats._description import Description, build, join
 from clt_plugin.hub import Folder, open_folders
@@ -34,10 +35,14 @@ def describe(
 ) -> Description:
     """Say what lies at a reference, from configs and headers alone; arguments as for `load`."""
     folders = open_folders(os.fspath(reference), token=token, revisions=revisions)
-    parts = [recognise(folder).describe(folder) for folder in folders]
+    return combine([recognise(folder).describe(folder) for folder in folders], str(reference))
+
+
+def combine(parts: Sequence[Description], label: str) -> Description:
+    """Return the description of what lies in one folder, or side by side in several."""
     if len(parts) == 1:
         return parts[0]
-    return join(parts, str(reference), parts[0].format, parts[0].wiring.name.partition("(")[0] + "({n})")
+    return join(parts, label, parts[0].format, parts[0].wiring.name.partition("(")[0] + "({n})")
 
 
 def load(
@@ -83,3 +88,20 @@ def load(
         latents = {groups.index(g): kept for g, kept in chosen.items()}
         description = description.select(groups)
     return build(description, lazy, dtype, device, latents)
+
+
+def from_pretrained(
+    name_or_folder: str | os.PathLike[str], revision: str | None = None, subfolder: str | None = None, **settings: Any
+) -> Crosscoder:
+    """Load from ``owner/name`` or a folder; see `Crosscoder.from_pretrained`."""
+    text = os.fspath(name_or_folder)
+    if text.startswith("hf://") or Path(text).is_dir():
+        if revision is not None and not text.startswith("hf://"):
+            raise ValueError(f"{text} is a local folder, which has no revisions")
+        reference = text.rstrip("/") + (f"/{subfolder}" if subfolder else "")
+    else:
+        reference = f"hf://{text}" + (f"/{subfolder}" if subfolder else "")
+    return load(reference + (f"@{revision}" if revision else ""), **settings)
+
+
+SERVICES.add("from_pretrained", from_pretrained)

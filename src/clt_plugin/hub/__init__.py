@@ -4,7 +4,7 @@ from clt_plugin.hub.catalogue import CATALOGUE, Catalogue, Entry
 from clt_plugin.hub.folder import Folder
 from clt_plugin.hub.places import open_folder, open_folders
 from clt_plugin.hub.reference import Reference
-from clt_plugin.hub.remote import RemoteFile, RemoteFolder, fetch, read_headers
+from clt_plugin.hub.remote import RemoteFile, RemoteFolder, explained, fetch, read_headers
 
 __all__ = [
     "CATALOGUE",
@@ -14,6 +14,7 @@ __all__ = [
     "Reference",
     "RemoteFile",
     "RemoteFolder",
+    "explained",
     "fetch",
     "open_folder",
     "open_folders",

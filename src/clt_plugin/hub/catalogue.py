@@ -24,12 +24,12 @@ class Entry:
         name: Its short name.
         reference: Where it is.
         model: The model it was trained for.
-        kind: What it is: ``clt``, ``plt`` or ``crosscoder``, with its format's name.
+        kind: What it is: ``clt``, ``plt`` or ``crosscoder``.
         read: The site read.
         write: The site written.
         layers: How many layers.
         latents: How many latents a layer.
-        size: About how large, in GiB; None where that is not known.
+        size: About how large the weights are, in GiB; None where that is not known.
         licence: Its licence, or "" where it states none.
         note: What to know besides.
     """
@@ -64,6 +64,19 @@ class Catalogue:
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries().values())
+
+    def table(self, containing: str = "") -> Any:
+        """Return the entries as a table of rich's, for a terminal; those whose name or model contains a text."""
+        from rich.table import Table
+
+        table = Table("name", "model", "kind", "layers", "latents", "GiB", "licence", title="known crosscoders")
+        table.columns[0].no_wrap = True
+        for entry in self:
+            if containing.lower() in f"{entry.name} {entry.model}".lower():
+                numbers = (entry.layers, entry.latents, entry.size)
+                shown = (f"{n:,}" if isinstance(n, int) else f"{n:.1f}" if n else "?" for n in numbers)
+                table.add_row(entry.name, entry.model, entry.kind, *shown, entry.licence or "?")
+        return table
 
     def hint(self, name: str) -> str:
         """Return a sentence with the entries whose names are like this one, or nothing."""

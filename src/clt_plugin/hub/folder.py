@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
@@ -44,6 +45,12 @@ class Folder:
 
     def __truediv__(self, name: str) -> Folder:
         return type(self)(self.path / name, f"{self.label}/{name}")
+
+    @property
+    def parent(self) -> Folder | None:
+        """The folder that it lies in, where what several folders share may be; None for the outermost."""
+        path = Path(os.path.abspath(self.path))
+        return None if path.parent == path else Folder(path.parent, path.parent.name or "/")
 
     @property
     def source(self) -> str:

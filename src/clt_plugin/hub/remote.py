@@ -34,6 +34,9 @@ from clt_plugin.hub.reference import Reference
 HEADER_BYTES = 2**16
 """How much of a safetensors file is asked for at first: the headers of most are shorter."""
 
+COUNTS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+"""The dtypes of what is not a weight, such as a stored k."""
+
 AT_ONCE = 8
 """How many requests are under way at a time."""
 
@@ -88,7 +91,7 @@ class Repository:
         from huggingface_hub.hf_api import RepoFile
 
         try:
-            with _explained(self.name, self.commit):
+            with explained(self.name, self.commit):
                 listed = HfApi(token=self.token).list_repo_tree(
                     self.name, prefix or None, recursive=True, revision=self.commit
                 )
@@ -112,7 +115,7 @@ class Repository:
         missing = [path for path in paths if not (self.snapshot / path).is_file()]
         if not missing:
             return
-        with _explained(self.name, self.commit, missing):
+        with explained(self.name, self.commit, missing):
             snapshot_download(
                 self.name, revision=self.commit, token=self.token, allow_patterns=[glob.escape(p) for p in missing]
             )
@@ -131,7 +134,7 @@ class Repository:
         headers = build_hf_headers(token=self.token, library_name="clt_plugin")
         headers["Range"] = f"bytes={start}-{stop - 1}"
         url = hf_hub_url(self.name, path, revision=self.commit)
-        with _explained(self.name, self.commit, [path]):
+        with explained(self.name, self.commit, [path]):
             with http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
                 hf_raise_for_status(response)
                 # A server that knows no ranges would send the whole file, gigabytes of it.
@@ -180,6 +183,14 @@ class RemoteFolder(Folder):
     def folders(self) -> list[str]:
         """The folders directly in it, in natural order."""
         return sorted({path.partition("/")[0] for path in self._below() if "/" in path}, key=natural)
+
+    @property
+    def parent(self) -> RemoteFolder | None:
+        """The folder that it lies in, listed anew; None for the repository itself."""
+        if not self.prefix:
+            return None
+        above = self.prefix.rpartition("/")[0]
+        return RemoteFolder(self.repository, above, self.repository.sizes(above))
 
     @property
     def source(self) -> str:
@@ -286,7 +297,7 @@ class RemoteFile(File):
             return File.read(self, key, at, rows)
         start, header = self._safetensors_header()
         info = header[key]
-        dtype, shape = DTYPES[info["dtype"]], list(info["shape"])
+        dtype, shape = (DTYPES | COUNTS)[info["dtype"]], list(info["shape"])
         offset = start + info["data_offsets"][0]
         for index in at:
             shape.pop(0)
@@ -336,7 +347,7 @@ class _Ranges(io.RawIOBase):
 def read_headers(files: Iterable[File]) -> dict[File, Header]:
     """Return the headers of files, asking the Hub for several at a time."""
     files = list(dict.fromkeys(files))
-    away = [file for file in files if isinstance(file, RemoteFile) and not file.is_here]
+    away = [file for file in files if not file.is_here]
     headers: dict[File, Header] = dict(zip(away, _at_once(lambda file: file.header(), away), strict=True))
     return {file: headers[file] if file in headers else file.header() for file in files}
 
@@ -344,9 +355,9 @@ def read_headers(files: Iterable[File]) -> dict[File, Header]:
 def fetch(files: Iterable[File]) -> None:
     """Bring those of the files that are on the Hub, and not here, into the cache."""
     missing: dict[Repository, list[RemoteFile]] = {}
-    for file in dict.fromkeys(files):
-        if isinstance(file, RemoteFile) and not file.is_here:
-            missing.setdefault(file.repository, []).append(file)
+    for part in dict.fromkeys(part for file in files for part in file.parts):
+        if isinstance(part, RemoteFile) and not part.is_here:
+            missing.setdefault(part.repository, []).append(part)
     needed = sum(file.listed_size or 0 for group in missing.values() for file in group)
     for repository, group in missing.items():
         _check_space(repository, needed)
@@ -389,7 +400,7 @@ def _resolve(repo: str, revision: str, token: str | None) -> str:
 
     ours = Path(cached_assets_path("clt_plugin", repo, "refs")) / _flat(revision)
     try:
-        with _explained(repo, revision):
+        with explained(repo, revision):
             commit = HfApi(token=token).model_info(repo, revision=revision).sha
     except HubError as error:
         if not is_connection_error(error.__cause__):
@@ -429,7 +440,7 @@ TOKEN = "give a token, by `hf auth login`, HF_TOKEN or token="
 
 
 @contextlib.contextmanager
-def _explained(repo: str, revision: str, paths: Iterable[str] = ()) -> Iterator[None]:
+def explained(repo: str, revision: str, paths: Iterable[str] = ()) -> Iterator[None]:
     """Turn the Hub's errors into one that says what to do next."""
     try:
         yield

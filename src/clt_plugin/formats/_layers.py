@@ -1,0 +1,239 @@
+"""What readers share: looking into configs, counting layers, folding normalisation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt_plugin.core import File, FormatError, Piece, Site, Wiring
+from clt_plugin.core.files import Header
+from clt_plugin.formats._description import Formula
+from clt_plugin.hub import Folder
+
+
+def peek(folder: Folder, name: str) -> dict[str, Any]:
+    """Return a config to recognise a folder by; nothing where there is none, or what it holds is not one."""
+    if name not in folder:
+        return {}
+    try:
+        return folder.json(name) if name.endswith(".json") else folder.yaml(name)
+    except FormatError:
+        return {}
+
+
+def shape_of(file: File, header: Header, key: str, axes: str) -> tuple[int, ...]:
+    """Return a tensor's shape, from which sizes are taken; refuse one that is missing or has other axes.
+
+    Args:
+        file: Where it is.
+        header: The file's header.
+        key: The tensor's key.
+        axes: What its axes are called, such as ``"L, d, F"``.
+    """
+    if key not in header:
+        raise FormatError(f"{file} has no tensor {key}: it holds {', '.join(sorted(header)) or 'nothing'}")
+    shape = header[key][0]
+    if len(shape) != axes.count(",") + 1 or 0 in shape:
+        raise FormatError(f"{file}: {key} must be ({axes}), not {shape}")
+    return shape
+
+
+def check_config(where: str, config: Mapping[str, Any], found: Mapping[str, int], file: File | None = None) -> None:
+    """Refuse a config that contradicts the tensors; what it does not say is not asked for.
+
+    Args:
+        where: What the config is called.
+        config: What it says.
+        found: {its key: what the tensors have}.
+        file: Where the tensors are, for the message.
+    """
+    tensors = f"the tensors of {file}" if file else "the tensors"
+    for key, value in found.items():
+        if config.get(key, value) != value:
+            raise FormatError(f"{where} says {key} {config[key]!r}, but {tensors} have {value}")
+
+
+def check_layers(label: str, found: Collection[int], file: str, n_layers: int | None = None) -> int:
+    """Return the number of layers, of which none may be missing.
+
+    Args:
+        label: The folder's.
+        found: The layers that are there.
+        file: What a layer's file is called, with ``{i}`` for the number.
+        n_layers: How many there must be; None for as many as the last one found says.
+    """
+    n_layers = n_layers or max(found, default=-1) + 1
+    missing = [file.format(i=i) for i in range(n_layers) if i not in found]
+    if missing or len(found) > n_layers:
+        what = (
+            f"{', '.join(missing)} missing" if missing else f"{len(found)} layers found where {n_layers} are expected"
+        )
+        raise FormatError(f"{label}: {what}: the folder is incomplete or mixed, fetch or save it again")
+    return n_layers
+
+
+MODULE_INPUTS = {
+    "ln_2": "resid_mid",
+    "pre_feedforward_layernorm": "resid_mid",
+    "post_attention_layernorm": "resid_mid",
+    "mlp": "mlp_in",
+}
+"""The sites that are a module's input: the norm before the MLP, as families call it, and the MLP."""
+
+
+def site_into(module: str, model_name: str | None, where: str) -> str:
+    """Return the site that is a module's input.
+
+    Args:
+        module: Its name in transformers, within a block.
+        model_name: The model, where it is known.
+        where: Which file names it, for the message.
+    """
+    if module not in MODULE_INPUTS:
+        raise FormatError(f"{where} reads the input of {module!r}: known are {', '.join(MODULE_INPUTS)}")
+    if module == "post_attention_layernorm" and re.search("gemma|olmo-?2", model_name or "", re.IGNORECASE):
+        raise FormatError(f"{where} reads the input of {module}, which in {model_name} is no site of a transcoder's")
+    return MODULE_INPUTS[module]
+
+
+def only_where(vector: Piece | Formula, holds: Mapping[Piece, float], why: str) -> Piece | Formula:
+    """Return a vector that is read only where other tensors do nothing, and refused where they do.
+
+    Args:
+        vector: What to read.
+        holds: {tensor: the value at which it does nothing}.
+        why: What is wrong where a tensor has another value.
+    """
+    if not holds:
+        return vector
+    own = vector.pieces if isinstance(vector, Formula) else (vector,)
+
+    def of(*tensors: Tensor) -> Tensor:
+        for (piece, value), tensor in zip(holds.items(), tensors[len(own) :], strict=True):
+            if bool((tensor != value).any()):
+                raise FormatError(f"{piece.file}: {piece.key} is not {value:g} throughout: {why}")
+        return vector.of(*tensors[: len(own)]) if isinstance(vector, Formula) else tensors[0]
+
+    return Formula(of, (*own, *holds))
+
+
+def as_stored(piece: Piece, tensor: Tensor) -> Tensor:
+    """Return a piece's tensor as (rows, columns), in float32 at least, without its scale."""
+    return wide(tensor.T if piece.rows_last else tensor)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least, in which sums and products are exact enough."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@dataclass(frozen=True)
+class Normalisation:
+    """How a site is normalised: ``(x - mean) / std`` where it is read, ``u * std + mean`` where it is written.
+
+    Attributes:
+        mean: A number or one a coordinate, (d,); None for 0.
+        std: A number or one a coordinate, (d,); None for 1.
+    """
+
+    mean: Tensor | None = None
+    std: Tensor | None = None
+
+    def encoder(self, piece: Piece) -> Piece:
+        """Return an encoder that reads what is not normalised: its columns divided by std."""
+        return piece if self.std is None else replace(piece, scale=1 / self.std)
+
+    def b_enc(self, bias: Piece, encoder: Piece) -> Piece | Formula:
+        """Return ``bias - (mean / std) @ W_enc``, (F,), for an encoder as it is stored."""
+        if self.mean is None:
+            return bias
+
+        def of(stored_bias: Tensor, stored: Tensor) -> Tensor:
+            weight = as_stored(encoder, stored)
+            return wide(stored_bias) - weight @ self._shift(weight.shape[1])
+
+        return Formula(of, (bias, encoder))
+
+    def decoder(self, piece: Piece) -> Piece:
+        """Return a decoder that writes what is not normalised: its columns times std."""
+        if self.std is None:
+            return piece
+        return replace(piece, scale=self.std if piece.scale is None else piece.scale * self.std)
+
+    def skip(self, piece: Piece, read: Normalisation) -> Piece:
+        """Return a skip, rows the coordinates read, from and to what is not normalised."""
+        if read.std is None:
+            return self.decoder(piece)
+        # A skip is always read whole, so that its rows can be scaled as well as its columns.
+        return self.decoder(replace(piece, scale=1 / (read.std[:, None] if read.std.ndim else read.std)))
+
+    def b_dec(
+        self, biases: Sequence[Piece], skip: Piece | None = None, read: Normalisation | None = None
+    ) -> Piece | Formula:
+        """Return ``(sum of biases - (read's mean / std) @ W_skip) * std + mean``, (d,).
+
+        Args:
+            biases: Every bias of the site, (d,) each.
+            skip: The skip that writes to the site, as it is stored.
+            read: How the site that the skip reads is normalised.
+        """
+        shifts = skip is not None and read is not None and read.mean is not None
+        if len(biases) == 1 and not shifts and self.mean is None and self.std is None:
+            return biases[0]
+
+        def of(*tensors: Tensor) -> Tensor:
+            total = torch.stack([wide(bias) for bias in tensors[: len(biases)]]).sum(0)
+            if shifts and skip and read:
+                weight = as_stored(skip, tensors[-1])
+                total = total - read._shift(weight.shape[0]) @ weight
+            total = total if self.std is None else total * self.std
+            return total if self.mean is None else total + self.mean
+
+        return Formula(of, (*biases, skip) if shifts and skip else tuple(biases))
+
+    def _shift(self, width: int) -> Tensor:
+        """Return what normalising moves every input by, (width,)."""
+        assert self.mean is not None
+        return (self.mean if self.std is None else self.mean / self.std).expand(width)
+
+
+# ---------------------------------------------------------------- one layer
+
+
+def one_layer(read: Site, write: Site, skip: bool = False) -> Wiring:
+    """Return the wiring of one autoencoder, or of one layer's transcoder, with or without an affine skip."""
+    wiring = Wiring.sae(read)
+    if read != write:
+        wiring = Wiring(((read,),), ((write,),), name=f"plt(layer {write.layer})")
+    return wiring.with_skips([(read, write)]) if skip else wiring
+
+
+CHUNK = 2**24
+"""How many entries of a weight are in memory at a time while a vector is computed from it."""
+
+
+def times(weight: Piece, x: Tensor) -> Tensor:
+    """Return weight @ x in float64, (rows,), for a weight that stays on disk and x of (columns,)."""
+    stored, x = weight.file.read(weight.key, weight.at), x.double()
+    step = max(1, CHUNK // max(1, stored[0].numel()))
+    starts = range(0, len(stored), step)
+    if weight.rows_last:
+        return torch.stack([x[i : i + step] @ stored[i : i + step].double() for i in starts]).sum(0)
+    return torch.cat([stored[i : i + step].double() @ x for i in starts])
+
+
+def norms(weight: Piece) -> Tensor:
+    """Return the norm of each row in float64, (rows,), of a weight that stays on disk, rows first."""
+    stored = weight.file.read(weight.key, weight.at)
+    step = max(1, CHUNK // max(1, stored[0].numel()))
+    return torch.cat([stored[i : i + step].double().flatten(1).norm(dim=1) for i in range(0, len(stored), step)])
+
+
+def of_centred_input(bias: Piece, centre: Piece, encoder: Piece) -> Formula:
+    """Return the encoder bias, (F,), of ``(x - centre) @ W_enc + bias`` for an encoder that reads x itself."""
+    return Formula(lambda b, c: b.double() - times(encoder, c), (bias, centre))

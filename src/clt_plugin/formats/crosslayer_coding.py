@@ -1,0 +1,239 @@
+"""The format of crosslayer-coding (curt-tigges), which trained the CLTs of ctigges/gpt2-clts.
+
+``cfg.json`` lies beside one safetensors file. With source layers s and target layers t, it holds
+``encoder_module.encoders.{s}.weight`` (F, d) and ``.bias_param`` (F,), for JumpReLU ``theta_manager.log_threshold``
+(L, F), and ``decoder_module.decoders.{..}.weight`` (d, F) and ``.bias_param`` (d,), with skips (d, d) under
+``decoder_module.skip_weights.{..}``. ``decoder_tying`` says which there are::
+
+    none        {s}->{t}:  u_t = sum over s <= t of a_s @ W_{s->t}.T + b_{s->t}  (+ z_s @ S_{s->t}.T)
+    per_source  {s}:       u_t = sum over s <= t of a_s @ W_s.T + b_s            (+ z_t @ S_t.T)
+    per_target  {t}:       u_t = (sum over s <= t of a_s) @ W_t.T + b_t          (+ z_t @ S_t.T)
+
+``a = p * (p >= exp(log_threshold))`` for JumpReLU; TopK keeps the k largest of p themselves, the negative too.
+
+z and u are normalised, by the store of activations and not by the model: with ``mean_std``,
+``z = (x - mean) / (std + 1e-6)`` and ``y = u * (std + 1e-6) + mean``, from ``norm_stats.json`` in the folder or, shared
+by several, in the one above; with ``sqrt_d_model``, ``z = x * sqrt(d)`` and ``y = u / sqrt(d)``.
+
+Refused: activations that depend on the rest of the batch (BatchTopK, TopK over all layers, which ranks by z-scores over
+the batch), offsets and scales of features by target unless they do nothing, skips across layers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clt_plugin.core import FORMATS, Activation, File, FormatError, Host, JumpReLU, Piece, ReLU, TopK, Wiring
+from clt_plugin.core.files import Header
+from clt_plugin.formats._description import Description, Formula
+from clt_plugin.formats._layers import Normalisation, check_config, only_where, peek, shape_of, site_into
+from clt_plugin.hub import Folder
+
+CONFIG, STATS, LATEST = "cfg.json", "norm_stats.json", "clt_checkpoint_latest.safetensors"
+METHODS = {
+    "auto": "mean_std",
+    "estimated_mean_std": "mean_std",
+    "auto_sqrt_d_model": "sqrt_d_model",
+    "estimated_mean_std_sqrt_d_model": "sqrt_d_model",
+}
+"""What older configs call the ways of normalising."""
+EPSILON = 1e-6
+"""What the store of activations adds to a deviation."""
+TIED = {"none": "{s}->{t}", "per_source": "{s}", "per_target": "{t}"}
+"""For each way of tying, what the decoder from layer s to layer t is called."""
+FEATURE_WISE = r"(?:decoder|encoder)_module\.feature_(offset|scale)\.(\d+)"
+"""What is done to every active latent before a target's decoder; older checkpoints hold it with the encoders."""
+
+
+class CrosslayerCoding:
+    """Reads what crosslayer-coding saves."""
+
+    name = "crosslayer-coding"
+
+    def sniff(self, folder: Folder) -> bool:
+        """Whether a folder is in this format."""
+        return {"num_features", "num_layers", "d_model"} <= peek(folder, CONFIG).keys()
+
+    def describe(self, folder: Folder) -> Description:
+        """Say which tensor lies where."""
+        config, where = folder.json(CONFIG), f"{folder.label}/{CONFIG}"
+        name = _weights(folder)
+        file, header = folder.file(name), folder.headers([name])[name]
+        n, d = shape_of(file, header, "encoder_module.encoders.0.weight", "F, d")
+        check_config(where, config, {"num_features": n, "d_model": d}, file)
+        n_layers = config["num_layers"]
+        if not isinstance(n_layers, int) or n_layers < 1:
+            raise FormatError(f"{where} says num_layers {n_layers!r}, where a number of at least 1 was expected")
+        reads, writes = _normalisation(folder, config, n_layers, d)
+        activation = _activation(where, config, n)
+        wiring = Wiring.clt(n_layers, *_sites(where, config))
+        weights: dict[tuple[str, int], tuple[Piece, ...]] = {}
+        vectors: dict[tuple[str, int], Piece | Formula] = {}
+        log_threshold = "log_threshold" if "log_threshold" in header else "theta_manager.log_threshold"
+        for s in range(n_layers):
+            encoder = Piece(file, f"encoder_module.encoders.{s}.weight", (n, d))
+            bias = Piece(file, f"encoder_module.encoders.{s}.bias_param", (n,))
+            weights["W_enc", s] = (reads[s].encoder(encoder),)
+            vectors["b_enc", s] = reads[s].b_enc(bias, encoder)
+            if isinstance(activation, JumpReLU):
+                vectors["threshold", s] = Formula(_just_below, (Piece(file, log_threshold, (n_layers, n), at=(s,)),))
+        tied = _tying(where, config)
+        for s in range(n_layers):
+            keys = [f"decoder_module.decoders.{tied.format(s=s, t=t)}.weight" for t in range(s, n_layers)]
+            pieces = (Piece(file, key, (d, n), rows_last=True) for key in keys)
+            weights["W_dec", s] = tuple(writes[s + j].decoder(piece) for j, piece in enumerate(pieces))
+        skips = _skips(file, header, config, n_layers, d)
+        for t in range(n_layers):
+            # A decoder that is a target's own has one bias; one that is a source's adds its bias for every source.
+            decoders = dict.fromkeys(tied.format(s=s, t=t) for s in range(t + 1))
+            biases = [Piece(file, f"decoder_module.decoders.{decoder}.bias_param", (d,)) for decoder in decoders]
+            skip = skips[t] if skips else None
+            vectors["b_dec", t] = _without_feature_wise(writes[t].b_dec(biases, skip, reads[t]), file, header, t)
+            if skip:
+                weights["W_skip", t] = (writes[t].skip(skip, reads[t]),)
+        wiring = wiring.with_skips() if skips else wiring
+        host = Host(config.get("model_name"), None, n_layers)
+        return Description(
+            folder.label, self.name, wiring, d, (n,) * n_layers, activation, host, weights, vectors
+        )  # fmt: skip
+
+
+def _weights(folder: Folder) -> str:
+    """Return the name of the one file of weights: of several checkpoints, the one called the latest."""
+    names = [name for name in folder.names if name.endswith(".safetensors")]
+    if LATEST in names:
+        return LATEST
+    if len(names) != 1:
+        found = f"it holds {', '.join(names[:4])}" if names else f"none is there, such as {LATEST}: fetch it again"
+        raise FormatError(f"{folder.label}: one .safetensors file was expected beside {CONFIG}, {found}")
+    return names[0]
+
+
+def _tying(where: str, config: dict[str, Any]) -> str:
+    tying = config.get("decoder_tying") or "none"
+    if tying not in TIED:
+        raise FormatError(f"{where} says decoder_tying {tying!r}: known are {', '.join(TIED)}")
+    return TIED[tying]
+
+
+def _sites(where: str, config: dict[str, Any]) -> tuple[str, str]:
+    """Return what is read and written, from the templates; GPT-2's CLTs read the input of ln_2 where none are given."""
+    model, sites = config.get("model_name"), []
+    for name, default in (("mlp_input_template", "ln_2.input"), ("mlp_output_template", "mlp.output")):
+        template = config.get(name)
+        if not template and re.fullmatch(r"(?:openai-community/)?gpt2(?:-\w+)?", str(model)):
+            template = f"transformer.h.{{}}.{default}"
+        match = re.fullmatch(r"(?:\w+\.)*(h|layers)\.\{\}\.(\w+)\.(input|output)", template or "")
+        side = default.partition(".")[2]
+        if not match or match[3] != side or (side == "output" and match[2] != "mlp"):
+            raise FormatError(
+                f"{where}: {name} is {template!r}, where something like 'transformer.h.{{}}.{default}' was expected: "
+                f"it says what is {'read' if side == 'input' else 'written'}"
+            )
+        # The MLP's own output, which GPT-2 adds to the residual stream as it is.
+        written = "mlp_out" if match[1] == "h" else "mlp_out_before_norm"
+        sites.append(written if side == "output" else site_into(match[2], model, where))
+    return sites[0], sites[1]
+
+
+def _activation(where: str, config: dict[str, Any], n: int) -> Activation:
+    name, mode = config.get("activation_fn", "jumprelu"), config.get("topk_mode", "global")
+    if name == "topk" and mode == "per_layer":
+        k = config.get("topk_k")
+        if not isinstance(k, int | float) or k <= 0:
+            raise FormatError(f"{where}: topk_k is {k!r}, where a number above 0 was expected")
+        # A share of the width is rounded up, in float32.
+        return TopK(int(k) if k >= 1 else int(torch.tensor(k * n).ceil()), rectify=False)
+    if name in ("topk", "batchtopk"):
+        how = "over all layers, by z-scores over the batch," if mode == "global" else "over the batch"
+        raise FormatError(
+            f"{where}: {name} ranks {how} so that what a token activates depends on the tokens beside it: convert it "
+            "to JumpReLU with the tool that trained it"
+        )
+    known: dict[str, Activation] = {"jumprelu": JumpReLU(), "relu": ReLU()}
+    if name not in known:
+        raise FormatError(f"{where}: activation_fn is {name!r}: known are {', '.join(known)}, topk and batchtopk")
+    return known[name]
+
+
+def _skips(file: File, header: Header, config: dict[str, Any], n_layers: int, d: int) -> list[Piece]:
+    """Return each target's skip, if there are any."""
+    if not config.get("skip_connection"):
+        return []
+    prefix = "decoder_module.skip_weights."
+    untied = config.get("decoder_tying", "none") == "none"
+    across = [
+        key for key in header if untied and key.startswith(prefix) and len(set(key[len(prefix) :].split("->"))) > 1
+    ]
+    if across:
+        raise FormatError(
+            f"{file}: {across[0]} is a skip across layers: a site here has one skip, from its own layer, so that "
+            "only CLTs with tied decoders, or without skips, can be read"
+        )
+    keys = [f"{prefix}{t}->{t}" if untied else f"{prefix}{t}" for t in range(n_layers)]
+    return [Piece(file, key, (d, d), rows_last=True) for key in keys]
+
+
+def _without_feature_wise(vector: Piece | Formula, file: File, header: Header, target: int) -> Piece | Formula:
+    """Return a target's bias that is refused where latents are offset or scaled for this target."""
+    matches = ((re.fullmatch(FEATURE_WISE, key), key) for key in header)
+    found = {key: match[1] for match, key in matches if match and int(match[2]) == target}
+    holds = {Piece(file, key, header[key][0]): float(kind == "scale") for key, kind in found.items()}
+    return only_where(vector, holds, "it changes active latents for one target, which one decoder a source cannot")
+
+
+def _normalisation(
+    folder: Folder, config: dict[str, Any], n_layers: int, d: int
+) -> tuple[list[Normalisation], list[Normalisation]]:
+    """Return how each layer's input and output is normalised."""
+    method, where = config.get("normalization_method") or "none", f"{folder.label}/{CONFIG}"
+    method = "sqrt_d_model" if config.get("sqrt_d_model_normalize") else METHODS.get(method, method)
+    if method == "sqrt_d_model":
+        root = [Normalisation(std=torch.tensor(d**-0.5))] * n_layers
+        return root, root
+    if method not in ("none", "mean_std"):
+        raise FormatError(f"{where} says normalization_method {method!r}: known are none, mean_std, sqrt_d_model")
+    above = folder if STATS in folder else folder.parent
+    holder = above if above is not None and STATS in above else None
+    if method == "mean_std" and holder is None:
+        raise FormatError(
+            f"{where} says normalization_method mean_std, but there is no {STATS}, neither in {folder.label} nor in "
+            "the folder above: take it from the data set of activations, or from the repository"
+        )
+    if holder is None:
+        return [Normalisation()] * n_layers, [Normalisation()] * n_layers
+    if method == "none":
+        raise FormatError(
+            f"{where} says nothing of normalisation, or none, but {holder.label}/{STATS} lies with it: set "
+            "normalization_method to mean_std if it was trained on normalised activations, else keep the two apart"
+        )
+    stats = holder.json(STATS)
+    sides = ([_stat(stats, layer, side, d, holder) for layer in range(n_layers)] for side in ("inputs", "targets"))
+    reads, writes = sides
+    return reads, writes
+
+
+def _stat(stats: dict[str, Any], layer: int, side: str, d: int, folder: Folder) -> Normalisation:
+    try:
+        mean, std = (torch.tensor(stats[str(layer)][side][name], dtype=torch.float32) for name in ("mean", "std"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise FormatError(f"{folder.label}/{STATS}: layer {layer} lacks a mean or std of its {side}") from error
+    if mean.shape != (d,) or std.shape != (d,) or not bool((mean.isfinite() & std.isfinite() & (std > 0)).all()):
+        raise FormatError(
+            f"{folder.label}/{STATS}: layer {layer}'s {side} need a mean and a std of {d} finite numbers, stds above 0"
+        )
+    return Normalisation(mean, std + EPSILON)
+
+
+def _just_below(log_threshold: Tensor) -> Tensor:
+    """Return thresholds such that exceeding them is reaching the stored ones: ``p >= theta`` is ``p > below theta``."""
+    theta = log_threshold.exp()
+    return torch.nextafter(theta, torch.full_like(theta, -math.inf))
+
+
+FORMATS.add(CrosslayerCoding.name, CrosslayerCoding())
