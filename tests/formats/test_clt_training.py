@@ -34,7 +34,7 @@ def edit(folder, layers=range(layout.N_LAYERS), **settings):
         ({"transcode": False}, "does not say transcode: true"),
         ({"k": None}, "gives no k"),
         ({"skip_connection": True}, "has skips across layers"),
-        ({"post_encoder_scale": True}, "has no post_enc_scale"),
+        ({"post_encoder_scale": True}, r"post_enc_scales.0 is missing, where \(9,\) was expected"),
     ],
 )
 def test_settings_that_are_refused(folder, settings, words):
@@ -84,10 +84,11 @@ def test_a_post_encoder_that_does_something(folder):
     path = folder / "h.1.mlp" / "sae.safetensors"
     plain = load_file(path)
     save_file(plain | {"post_encs.1": torch.full((layout.F,), 0.1)}, path)
-    with pytest.raises(cp.FormatError, match=r"post_encs.1 is not 0 throughout: it changes active latents"):
+    with pytest.raises(cp.FormatError, match=r"post_encs.1 is not 0 throughout: it is added to active latents"):
         cp.load(folder)
-    save_file(plain | {f"post_enc_scales.{k}": torch.ones(layout.F) for k in range(2)}, path)
-    cp.load(folder)
+    save_file(plain | {"post_enc_scales.0": torch.ones(layout.F)}, path)  # the config does not speak of it
+    with pytest.raises(cp.FormatError, match="which this format does not know"):
+        cp.load(folder)
 
 
 def test_other_hookpoints(folder):
@@ -100,5 +101,5 @@ def test_a_norm_of_zero(tmp_path):
     layout.write(tmp_path, span=layout.N_LAYERS, normalize_io=True)
     path = tmp_path / "h.2.mlp" / "sae.safetensors"
     save_file(load_file(path) | {"in_norm": torch.zeros(1)}, path)
-    with pytest.raises(cp.FormatError, match="in_norm must be a finite number above 0"):
+    with pytest.raises(cp.FormatError, match="in_norm must hold finite numbers above 0"):
         cp.load(tmp_path)

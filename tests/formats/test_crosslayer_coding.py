@@ -100,17 +100,17 @@ def test_damaged_statistics(tmp_path, change, words):
         cp.load(tmp_path)
 
 
-def test_features_that_are_changed_for_a_target(tmp_path):
+@pytest.mark.parametrize("holder", ["decoder", "encoder"])
+def test_features_that_are_offset_for_a_target(tmp_path, holder):
     layout.write(tmp_path, decoder_tying="per_target")
-    plain = cp.load(tmp_path)
-    add(tmp_path, feature_offset__1=torch.zeros(layout.F), feature_scale__1=torch.ones(layout.F))
+    plain, path = cp.load(tmp_path), tmp_path / layout.WEIGHTS
+    state, key = load_file(path), f"{holder}_module.feature_offset.1"
+    save_file(state | {key: torch.zeros(layout.F)}, path)
     assert torch.equal(cp.load(tmp_path).b_dec[1], plain.b_dec[1])
-    for name, value in (("feature_offset__1", 0.1), ("feature_scale__1", 2.0)):
-        other = torch.zeros(layout.F) if "offset" in name else torch.ones(layout.F)
-        add(tmp_path, **{name: torch.full_like(other, value)})
-        with pytest.raises(cp.FormatError, match="it changes active latents for one target"):
-            cp.load(tmp_path)
-        add(tmp_path, **{name: other})
+    save_file(state | {key: torch.full((layout.F,), 0.1)}, path)
+    with pytest.raises(cp.FormatError, match="it is added to active latents for one target"):
+        cp.load(tmp_path)
+    cp.load(tmp_path, layers=[2])  # which does not write there
 
 
 def test_skips_across_layers(tmp_path):

@@ -79,11 +79,17 @@ class File:
             for index in at:
                 tensor = tensor[index]
             if isinstance(rows, Tensor):
-                self._ask_ahead(key, tensor, rows)
+                self.ask_ahead(key, tensor, rows)
             return tensor if rows is None else tensor[rows]
 
-    def _ask_ahead(self, key: str, tensor: Tensor, rows: Tensor) -> None:
-        """Tell the system which rows will be read, so that a disk is asked for all of them and not for page by page."""
+    def ask_ahead(self, key: str, tensor: Tensor, rows: Tensor) -> None:
+        """Tell the system which rows will be read, so that a disk is asked for all of them and not for page by page.
+
+        Args:
+            key: The tensor's key.
+            tensor: The tensor as `tensor` gave it, or a view of it whose rows are contiguous.
+            rows: Which of its rows.
+        """
         length = tensor[:1].nbytes
         if (
             len(rows) * length < ASKED_FROM
@@ -95,8 +101,9 @@ class File:
             size = int.from_bytes(file.read(8), "little")
             start = 8 + size + json.loads(file.read(size))[key]["data_offsets"][0]
             start += tensor.storage_offset() * tensor.element_size()
+            step = tensor.stride(0) * tensor.element_size()
             for row in rows.unique().tolist():
-                os.posix_fadvise(file.fileno(), start + row * length, length, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.fileno(), start + row * step, length, os.POSIX_FADV_WILLNEED)
 
 
 class _said:

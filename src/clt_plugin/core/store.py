@@ -131,16 +131,12 @@ def read_piece(piece: Piece, rows: Tensor | slice | None = None) -> Tensor:
         weight = (taken if rows is None else taken[..., rows]).flatten(0, -2)
         weight = weight.T
     else:
-        stored = piece.file.read(piece.key, piece.at, rows)
-        weight = stored[:, _columns(piece.columns)] if piece.columns else stored
+        weight = _rows_of(piece, rows, piece.columns)
         if piece.zeros:
-            _check_zeros(piece, stored)
+            _check_zeros(piece, _rows_of(piece, rows, piece.zeros), weight)
         weight = weight.flatten(1)
     if not is_finite(weight):
-        raise FormatError(
-            f"{piece.file}: {piece.key} holds values that are not finite (nan or inf): "
-            "the file is damaged, or was saved from a run that diverged"
-        )
+        raise _not_finite(piece)
     if piece.scale is None and piece.row_scale is None:
         return weight
     # In float32 at least: a scale in bfloat16 would be off by up to 0.4%.
@@ -151,6 +147,25 @@ def read_piece(piece: Piece, rows: Tensor | slice | None = None) -> Tensor:
         row_scale = piece.row_scale if rows is None else piece.row_scale[rows]
         weight = weight * row_scale.to(weight.dtype)[:, None]
     return weight
+
+
+def _rows_of(piece: Piece, rows: Tensor | slice | None, columns: tuple[int, int] | None) -> Tensor:
+    """Read rows of a tensor whose rows come first, and of them some columns, (n, columns, ...)."""
+    if columns is None:
+        return piece.file.read(piece.key, piece.at, rows)
+    if not (isinstance(rows, Tensor) and piece.file.is_here):
+        return piece.file.read(piece.key, piece.at, rows)[:, slice(*columns)]
+    # Columns first, which copies nothing, so that of the rows no others are copied.
+    kept = piece.file.read(piece.key, piece.at)[:, slice(*columns)]
+    piece.file.ask_ahead(piece.key, kept, rows)
+    return kept[rows]
+
+
+def _not_finite(piece: Piece) -> FormatError:
+    return FormatError(
+        f"{piece.file}: {piece.key} holds values that are not finite (nan or inf): "
+        "the file is damaged, or was saved from a run that diverged"
+    )
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -164,17 +179,24 @@ def _columns(columns: tuple[int, int] | None) -> slice:
     return slice(*columns) if columns else slice(None)
 
 
-def _check_zeros(piece: Piece, rows: Tensor) -> None:
-    """Refuse rows (n, targets, d) that write where nothing may be written."""
-    if len(rows) == 0 or piece.zeros is None or piece.zeros[0] == piece.zeros[1]:
+def _check_zeros(piece: Piece, early: Tensor, kept: Tensor) -> None:
+    """Refuse rows that write where nothing may be written, both (n, targets, d)."""
+    largest = _largest(early)
+    if largest <= 1e-6 or largest <= ABOUT_ZERO * _largest(kept):
         return
-    early, largest = float(rows[:, _columns(piece.zeros)].abs().amax()), float(rows.abs().amax())
-    if not early <= max(ABOUT_ZERO * largest, 1e-6):  # nor is nan about 0
+    if not is_finite(early):
+        raise _not_finite(piece)
+    if piece.zeros is not None:
         start, stop = piece.zeros
         raise FormatError(
-            f"{piece.file}: {piece.key} writes up to {early:.3g} at targets {start} to {stop - 1}, which come before "
+            f"{piece.file}: {piece.key} writes up to {largest:.3g} at targets {start} to {stop - 1}, which come before "
             "its source and must be about 0: this is not a causal decoder"
         )
+
+
+def _largest(tensor: Tensor) -> float:
+    """Return the largest absolute value, 0 of nothing; nan where there is one."""
+    return max(map(abs, (float(bound) for bound in tensor.aminmax()))) if tensor.numel() else 0.0
 
 
 class _StreamedProduct(torch.autograd.Function):

@@ -43,6 +43,17 @@ def shape_of(file: File, header: Header, key: str, axes: str) -> tuple[int, ...]
     return shape
 
 
+def read_scale(file: File, header: Header, key: str, shape: tuple[int, ...], above_0: bool = False) -> Tensor:
+    """Read what weights are multiplied with or divided by; refuse another shape, and values that are not finite."""
+    found = header.get(key, (None, None))[0]
+    if found != shape:
+        raise FormatError(f"{file}: {key} is {'missing' if found is None else found}, where {shape} was expected")
+    scale = wide(file.read(key))
+    if not bool(scale.isfinite().all()) or (above_0 and not bool((scale > 0).all())):
+        raise FormatError(f"{file}: {key} must hold finite numbers{' above 0' if above_0 else ''}")
+    return scale
+
+
 def check_config(where: str, config: Mapping[str, Any], found: Mapping[str, int], file: File | None = None) -> None:
     """Refuse a config that contradicts the tensors; what it does not say is not asked for.
 
@@ -169,8 +180,8 @@ class Normalisation:
         """Return a skip, rows the coordinates read, from and to what is not normalised."""
         if read.std is None:
             return self.decoder(piece)
-        # A skip is always read whole, so that its rows can be scaled as well as its columns.
-        return self.decoder(replace(piece, scale=1 / (read.std[:, None] if read.std.ndim else read.std)))
+        inverse = 1 / read.std
+        return self.decoder(replace(piece, row_scale=inverse) if inverse.ndim else replace(piece, scale=inverse))
 
     def b_dec(
         self, biases: Sequence[Piece], skip: Piece | None = None, read: Normalisation | None = None

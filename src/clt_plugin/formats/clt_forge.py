@@ -27,7 +27,7 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, File, FormatError, Host, JumpReLU, Piece, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import Normalisation, check_config, check_layers, peek, shape_of, wide
+from clt_plugin.formats._layers import Normalisation, check_config, check_layers, peek, read_scale, shape_of
 from clt_plugin.hub import Folder, read_headers
 
 CONFIG, WEIGHTS, SHARE = "clt_cfg.json", "clt_weights.safetensors", "rank{i}_clt_weights.safetensors"
@@ -101,12 +101,7 @@ def _read_site(where: str, config: Mapping[str, Any]) -> str:
 def _factors(file: File, header: Header, side: str, n_layers: int) -> list[Normalisation]:
     """Return each layer's factor, as the deviation that inputs and outputs are divided by."""
     key = FACTORS.format(side=side)
-    if shape_of(file, header, key, "L") != (n_layers,):
-        raise FormatError(f"{file}: {key} has shape {header[key][0]}, where {(n_layers,)} was expected")
-    factors = wide(file.read(key))
-    if not bool((factors.isfinite() & (factors > 0)).all()):
-        raise FormatError(f"{file}: {key} must hold finite numbers above 0, not {factors.tolist()}")
-    return [Normalisation(std=1 / factor) for factor in factors]
+    return [Normalisation(std=1 / factor) for factor in read_scale(file, header, key, (n_layers,), above_0=True)]
 
 
 # ---------------------------------------------------------------- shards

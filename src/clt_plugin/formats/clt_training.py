@@ -16,14 +16,14 @@ What layer s writes at layer t = s + j, for j < its ``n_targets``, depends on ho
     per-layer       sum over s of a_s @ W_dec[s-th F rows] + b_dec (+ same)         (n_sources * F, d), with layer t
 
 q_st is 1; with ``divide_cross_layer`` and s < t it is 1 / (sources of t - 1). ``n_targets`` 0 is a transcoder a layer:
-``a_l @ W_dec + b_dec (+ z_l @ W_skip.T)``.
+``a_l @ W_dec + b_dec (+ z_l @ W_skip.T)``. With ``post_encoder_scale``, a_s is multiplied with layer s's
+``post_enc_scales.j`` (F,) on its way to layer s + j.
 
 What the layers read is not in their configs but in the run's ``config.json`` above them: the input of the MLP, or where
 ``hookpoints_in`` names its norm, of that norm. Without it the sites cannot be told, and the folder is refused.
 
 Refused besides: groupmax and BatchTopK; ``topk_coalesced``, which selects anew for each target; post-encoder biases
-and scales that do something, which change active latents for each target; ``secondary_target_tied``; skips across
-layers.
+that are not 0, which are added to active latents for each target; ``secondary_target_tied``; skips across layers.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from clt_plugin.core import FORMATS, File, FormatError, Host, Piece, TopK, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import Normalisation, check_layers, only_where, peek, shape_of, site_into, wide
+from clt_plugin.formats._layers import Normalisation, check_layers, only_where, peek, read_scale, shape_of, site_into
 from clt_plugin.formats._views import Stacked
 from clt_plugin.hub import Folder
 
@@ -92,8 +94,8 @@ class CLTTraining:
         for s, (n, _) in enumerate(sizes):
             weights["W_enc", s] = (reads[s].encoder(Piece(files[s], "encoder.weight", (n, d))),)
             bias = Piece(files[s], "encoder.bias", (n,))
-            vectors["b_enc", s] = _without_post_encoder(bias, files[s], headers[s], settings)
-        parts = _Parts(files, [n for n, _ in sizes], d, settings, crosses)
+            vectors["b_enc", s] = _without_post_encoder(bias, files[s], headers[s])
+        parts = _Parts(files, headers, [n for n, _ in sizes], d, settings, crosses)
         sources = [[s for s in layers if s <= t < s + max(1, spans[s])] for t in layers]
         for s in layers:
             targets = range(s, s + max(1, spans[s]))
@@ -105,7 +107,9 @@ class CLTTraining:
                 weights["W_skip", t] = (writes[t].skip(skip, reads[t]),)
         # The first offset's tensors are saved a second time under the names that transcoders have.
         twice = frozenset(["W_dec", "b_dec", "W_skip"] if crosses and settings["coalesce_topk"] == "none" else [])
-        norms = frozenset(["in_norm", "out_norm"] if settings["normalize_io"] else [])
+        scales = {key for key in ("in_norm", "out_norm") if settings["normalize_io"]}
+        if settings["post_encoder_scale"]:  # the first offset's, again, is saved twice
+            scales |= {"post_enc_scale", *(f"post_enc_scales.{k}" for k in range(max(1, spans[0])))}
         return Description(
             folder.label,
             self.name,
@@ -116,7 +120,7 @@ class CLTTraining:
             Host(_run(folder).get("model")),
             weights,
             vectors,
-            ignored={str(file): twice | norms for file in files},
+            ignored={str(file): twice | scales for file in files},
         )
 
 
@@ -214,26 +218,19 @@ def _norms(
     """Return what each layer's inputs or outputs are divided by."""
     if not settings["normalize_io"]:
         return [Normalisation()] * len(files)
-    found = []
-    for file, header in zip(files, headers, strict=True):
-        if shape_of(file, header, key, "1") != (1,):
-            raise FormatError(f"{file}: {key} must be one number, not {header[key][0]}")
-        norm = wide(file.read(key))[0]
-        if not bool(norm.isfinite() & (norm > 0)):
-            raise FormatError(f"{file}: {key} must be a finite number above 0, not {float(norm)}")
-        found.append(Normalisation(std=norm / d**0.5))
-    return found
+    norms = (read_scale(file, header, key, (1,), above_0=True) for file, header in zip(files, headers, strict=True))
+    return [Normalisation(std=norm[0] / d**0.5) for norm in norms]
 
 
-def _without_post_encoder(bias: Piece, file: File, header: Header, settings: Mapping[str, Any]) -> Piece | Formula:
-    """Return an encoder's bias that is refused where active latents are offset or scaled after it."""
-    matches = ((re.fullmatch(r"post_enc(_scale)?s?(\.\d+)?", key), key) for key in header)
-    found = {key: float(match[1] is not None) for match, key in matches if match}
-    if settings["post_encoder_scale"] and 1.0 not in found.values():
-        raise FormatError(f"{file} has no post_enc_scale, which post_encoder_scale in {CONFIG} asks for")
-    holds = {Piece(file, key, bias.shape): value for key, value in found.items()}
-    return only_where(bias, holds, "it changes active latents for each target, as no activation here does. If this was "
-                                   "converted from another tool's crosscoder, load that one")  # fmt: skip
+def _without_post_encoder(bias: Piece, file: File, header: Header) -> Piece | Formula:
+    """Return an encoder's bias that is refused where active latents are offset after it."""
+    holds = {Piece(file, key, bias.shape): 0.0 for key in header if re.fullmatch(r"post_encs?(\.\d+)?", key)}
+    return only_where(
+        bias,
+        holds,
+        "it is added to active latents for each target, as no activation here does. If this was converted from "
+        "another tool's crosscoder, load that one",
+    )
 
 
 @dataclass(frozen=True)
@@ -241,6 +238,7 @@ class _Parts:
     """Where decoders, biases and skips are, as they are stored."""
 
     files: list[File]
+    headers: list[Header]
     sizes: list[int]
     d: int
     settings: Mapping[str, Any]
@@ -248,13 +246,13 @@ class _Parts:
 
     def decoder(self, s: int, t: int, sources: list[int]) -> Piece:
         """Return the decoder from layer s to layer t, of all those that write t."""
-        mode, shape = self.settings["coalesce_topk"], (self.sizes[s], self.d)
+        mode, shape, scale = self.settings["coalesce_topk"], (self.sizes[s], self.d), self._latent_scale(s, t)
         if not self.crosses or mode == "concat":
-            return Piece(self.files[t], "W_dec", shape)
+            return Piece(self.files[t], "W_dec", shape, row_scale=scale)
         if mode == "per-layer":
-            return Piece(self.files[t], "W_dec", (len(sources), *shape), at=(sources.index(s),))
+            return Piece(self.files[t], "W_dec", (len(sources), *shape), at=(sources.index(s),), row_scale=scale)
         key = "W_dec" if self.settings["per_source_tied"] else f"W_decs.{t - s}"
-        return Piece(self.files[s], key, shape, scale=self._share(s, t, sources))
+        return Piece(self.files[s], key, shape, scale=self._share(s, t, sources), row_scale=scale)
 
     def biases(self, t: int, sources: list[int]) -> list[Piece]:
         """Return the biases that are added at layer t."""
@@ -268,6 +266,13 @@ class _Parts:
             return None
         key = "W_skips.0" if self.crosses and self.settings["coalesce_topk"] == "none" else "W_skip"
         return Piece(self.files[t], key, (self.d, self.d), rows_last=True)
+
+    def _latent_scale(self, s: int, t: int) -> Tensor | None:
+        """Return what the active latents of layer s are multiplied with for layer t, or None."""
+        if not self.settings["post_encoder_scale"]:
+            return None
+        key = f"post_enc_scales.{t - s}" if self.crosses else "post_enc_scale"
+        return read_scale(self.files[s], self.headers[s], key, (self.sizes[s],))
 
     def _share(self, s: int, t: int, sources: list[int]) -> float | None:
         divided = self.settings["divide_cross_layer"] and s < t

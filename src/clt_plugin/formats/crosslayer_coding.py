@@ -11,12 +11,14 @@
 
 ``a = p * (p >= exp(log_threshold))`` for JumpReLU; TopK keeps the k largest of p themselves, the negative too.
 
+With ``feature_scale.{t}`` (F,), of tied decoders, every a_s is multiplied with it on its way to layer t.
+
 z and u are normalised, by the store of activations and not by the model: with ``mean_std``,
 ``z = (x - mean) / (std + 1e-6)`` and ``y = u * (std + 1e-6) + mean``, from ``norm_stats.json`` in the folder or, shared
 by several, in the one above; with ``sqrt_d_model``, ``z = x * sqrt(d)`` and ``y = u / sqrt(d)``.
 
 Refused: activations that depend on the rest of the batch (BatchTopK, TopK over all layers, which ranks by z-scores over
-the batch), offsets and scales of features by target unless they do nothing, skips across layers.
+the batch), ``feature_offset`` unless it is 0, skips across layers.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, Activation, File, FormatError, Host, JumpReLU, Piece, ReLU, TopK, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import Normalisation, check_config, only_where, peek, shape_of, site_into
+from clt_plugin.formats._layers import Normalisation, check_config, only_where, peek, read_scale, shape_of, site_into
 from clt_plugin.hub import Folder
 
 CONFIG, STATS, LATEST = "cfg.json", "norm_stats.json", "clt_checkpoint_latest.safetensors"
@@ -46,8 +48,7 @@ EPSILON = 1e-6
 """What the store of activations adds to a deviation."""
 TIED = {"none": "{s}->{t}", "per_source": "{s}", "per_target": "{t}"}
 """For each way of tying, what the decoder from layer s to layer t is called."""
-FEATURE_WISE = r"(?:decoder|encoder)_module\.feature_(offset|scale)\.(\d+)"
-"""What is done to every active latent before a target's decoder; older checkpoints hold it with the encoders."""
+OFFSET = "it is added to active latents for one target, as no activation here does"
 
 
 class CrosslayerCoding:
@@ -82,24 +83,29 @@ class CrosslayerCoding:
             vectors["b_enc", s] = reads[s].b_enc(bias, encoder)
             if isinstance(activation, JumpReLU):
                 vectors["threshold", s] = Formula(_just_below, (Piece(file, log_threshold, (n_layers, n), at=(s,)),))
-        tied = _tying(where, config)
+        tied, scaled = _tying(where, config), _feature_wise(header, "scale")
+        if scaled:  # then for every target
+            scaled = {t: scaled.get(t, f"decoder_module.feature_scale.{t}") for t in range(n_layers)}
+        scales = {t: read_scale(file, header, key, (n,)) for t, key in scaled.items()}
         for s in range(n_layers):
-            keys = [f"decoder_module.decoders.{tied.format(s=s, t=t)}.weight" for t in range(s, n_layers)]
-            pieces = (Piece(file, key, (d, n), rows_last=True) for key in keys)
-            weights["W_dec", s] = tuple(writes[s + j].decoder(piece) for j, piece in enumerate(pieces))
+            keys = {t: f"decoder_module.decoders.{tied.format(s=s, t=t)}.weight" for t in range(s, n_layers)}
+            pieces = {t: Piece(file, key, (d, n), rows_last=True, row_scale=scales.get(t)) for t, key in keys.items()}
+            weights["W_dec", s] = tuple(writes[t].decoder(piece) for t, piece in pieces.items())
         skips = _skips(file, header, config, n_layers, d)
         for t in range(n_layers):
             # A decoder that is a target's own has one bias; one that is a source's adds its bias for every source.
             decoders = dict.fromkeys(tied.format(s=s, t=t) for s in range(t + 1))
             biases = [Piece(file, f"decoder_module.decoders.{decoder}.bias_param", (d,)) for decoder in decoders]
             skip = skips[t] if skips else None
-            vectors["b_dec", t] = _without_feature_wise(writes[t].b_dec(biases, skip, reads[t]), file, header, t)
+            offset = {Piece(file, key, (n,)): 0.0 for at, key in _feature_wise(header, "offset").items() if at == t}
+            vectors["b_dec", t] = only_where(writes[t].b_dec(biases, skip, reads[t]), offset, OFFSET)
             if skip:
                 weights["W_skip", t] = (writes[t].skip(skip, reads[t]),)
         wiring = wiring.with_skips() if skips else wiring
         host = Host(config.get("model_name"), None, n_layers)
+        ignored = {str(file): frozenset(scaled.values())}
         return Description(
-            folder.label, self.name, wiring, d, (n,) * n_layers, activation, host, weights, vectors
+            folder.label, self.name, wiring, d, (n,) * n_layers, activation, host, weights, vectors, ignored
         )  # fmt: skip
 
 
@@ -179,12 +185,10 @@ def _skips(file: File, header: Header, config: dict[str, Any], n_layers: int, d:
     return [Piece(file, key, (d, d), rows_last=True) for key in keys]
 
 
-def _without_feature_wise(vector: Piece | Formula, file: File, header: Header, target: int) -> Piece | Formula:
-    """Return a target's bias that is refused where latents are offset or scaled for this target."""
-    matches = ((re.fullmatch(FEATURE_WISE, key), key) for key in header)
-    found = {key: match[1] for match, key in matches if match and int(match[2]) == target}
-    holds = {Piece(file, key, header[key][0]): float(kind == "scale") for key, kind in found.items()}
-    return only_where(vector, holds, "it changes active latents for one target, which one decoder a source cannot")
+def _feature_wise(header: Header, kind: str) -> dict[int, str]:
+    """Return {target: key} of what changes active latents for a target; older checkpoints have it with the encoders."""
+    matches = (re.fullmatch(rf"(?:decoder|encoder)_module\.feature_{kind}\.(\d+)", key) for key in header)
+    return {int(match[1]): match[0] for match in matches if match}
 
 
 def _normalisation(

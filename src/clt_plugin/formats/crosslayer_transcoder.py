@@ -25,7 +25,7 @@ from typing import Any
 from clt_plugin.core import FORMATS, Activation, BatchTopK, FormatError, Host, JumpReLU, Piece, ReLU, TopK, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import Normalisation, check_config, peek, shape_of, wide
+from clt_plugin.formats._layers import Normalisation, check_config, peek, read_scale, shape_of
 from clt_plugin.hub import Folder
 
 CONFIG, WEIGHTS = "config.yaml", "checkpoint.safetensors"
@@ -157,14 +157,8 @@ def _standardiser(
         )
     kinds = {f"{kind}{side.capitalize()}Standardizer": axes for kind, axes in STANDARDISERS.items()}
     axes = _kind(parts, part, f"{folder.label}/{CONFIG}", kinds)
-    stored = []
-    for key in (f"{part}.mean", f"{part}.std"):
-        shape = shape_of(file, header, key, axes)
-        if shape != (n_layers, d)[: len(shape)]:
-            raise FormatError(f"{file}: {key} has shape {shape}, where {(n_layers, d)[: len(shape)]} was expected")
-        stored.append(wide(file.read(key)))
-        if not bool(stored[-1].isfinite().all()):
-            raise FormatError(f"{file}: {key} holds values that are not finite (nan or inf)")
+    shape = (n_layers, d)[: len(axes.split(","))]
+    stored = (read_scale(file, header, f"{part}.{name}", shape) for name in ("mean", "std"))
     return [Normalisation(mean, std) for mean, std in zip(*stored, strict=True)]
 
 

@@ -306,6 +306,8 @@ class RemoteFile(File):
         if wanted is None:
             data = self.repository.read(self.remote_path, offset, offset + prod(shape) * dtype.itemsize)
             return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+        if not wanted:
+            return torch.empty(0, *shape[1:], dtype=dtype)
         length = prod(shape[1:]) * dtype.itemsize
         ranges = [(offset + row * length, offset + (row + 1) * length) for row in wanted]
         parts = _at_once(lambda r: self.repository.read(self.remote_path, *r), ranges)

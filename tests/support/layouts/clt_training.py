@@ -34,6 +34,9 @@ def tensors(layer: int, config: dict[str, Any]) -> dict[str, Tensor]:
         state["W_skip"] = torch.randn(D, D)
     if config["normalize_io"]:
         state |= {"in_norm": torch.rand(1) + 1.5, "out_norm": torch.rand(1) + 1.5}
+    if config["post_encoder_scale"]:
+        names = [f"post_enc_scales.{k}" for k in range(config["n_targets"])] or ["post_enc_scale"]
+        state |= {name: torch.randn(F) for name in names}
     if config["train_post_encoder"]:
         names = [f"post_encs.{k}" for k in range(config["n_targets"])] or ["post_enc"]
         state |= {name: torch.zeros(F) for name in names}
@@ -78,9 +81,14 @@ def write(
                 for s in live:
                     decoder = states[s]["W_dec" if config["per_source_tied"] else f"W_decs.{t - s}"]
                     q = max(1, len(live) - 1) if config["divide_cross_layer"] and s < t else 1
-                    u = u + (acts[s] @ decoder + states[s][f"b_decs.{t - s}"]) / q
+                    scale = states[s].get(f"post_enc_scales.{t - s}", 1)
+                    u = u + ((acts[s] * scale) @ decoder + states[s][f"b_decs.{t - s}"]) / q
             elif config["coalesce_topk"] == "per-layer":
-                u = torch.cat([acts[s] for s in live], dim=1) @ own["W_dec"] + own["b_dec"]
+                u = (
+                    torch.cat([acts[s] * states[s].get(f"post_enc_scales.{t - s}", 1) for s in live], dim=1)
+                    @ own["W_dec"]
+                    + own["b_dec"]
+                )
             else:
                 u = torch.stack([acts[s] for s in live]).sum(0) @ own["W_dec"] + own["b_dec"]
             if config["skip_connection"]:
@@ -105,6 +113,7 @@ MID = cp.Wiring.clt(N_LAYERS, read="resid_mid")
 LLAMA = cp.Wiring.clt(N_LAYERS, read="resid_mid", write="mlp_out_before_norm")
 LAYOUTS = [
     layout("by offset", cp.Wiring.clt(N_LAYERS), span=N_LAYERS, divide_cross_layer=True),
+    layout("by offset, scaled", cp.Wiring.clt(N_LAYERS), span=N_LAYERS, post_encoder_scale=True),
     layout("by offset, of limited span", cp.Wiring.local_clt(N_LAYERS, 2), span=2, damaged=1),
     layout(
         "a source's decoder", LLAMA, "layers", 1, span=N_LAYERS, per_source_tied=True, normalize_io=True,
@@ -116,7 +125,8 @@ LAYOUTS = [
     ),
     layout(
         "by source with the target", MID.with_skips(), damaged=1, span=N_LAYERS, coalesce_topk="per-layer",
-        skip_connection=True, hookpoints_in=tuple(f"h.{layer}.ln_2" for layer in range(N_LAYERS)),
+        skip_connection=True, post_encoder_scale=True,
+        hookpoints_in=tuple(f"h.{layer}.ln_2" for layer in range(N_LAYERS)),
     ),
     layout(
         "within each layer", cp.Wiring.plt(N_LAYERS).with_skips(), skip_connection=True, normalize_io=True, damaged=2

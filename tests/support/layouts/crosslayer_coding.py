@@ -44,6 +44,8 @@ def tensors(config: dict[str, Any]) -> dict[str, Tensor]:
             state[f"decoder_module.decoders.{name(config['decoder_tying'], s, t)}.bias_param"] = torch.randn(D)
         if config["skip_connection"]:
             state[f"decoder_module.skip_weights.{s}"] = torch.randn(D, D)
+    if config.get("enable_feature_scale"):
+        state |= {f"decoder_module.feature_scale.{t}": torch.randn(F) for t in range(N_LAYERS)}
     if config["activation_fn"] == "jumprelu":
         state["theta_manager.log_threshold"] = torch.randn(N_LAYERS, F) * 0.5 - 1
     return state
@@ -94,11 +96,12 @@ def write(folder: Path, stats_above: bool = False, **settings: Any) -> Oracle:
         y = []
         for t in range(N_LAYERS):
             at = [f"decoder_module.decoders.{name(tying, s, t)}" for s in range(t + 1)]
+            scaled = [a * state.get(f"decoder_module.feature_scale.{t}", 1) for a in acts[: t + 1]]
             if tying == "per_target":
-                summed = torch.stack(acts[: t + 1]).sum(0)
+                summed = torch.stack(scaled).sum(0)
                 u = torch.nn.functional.linear(summed, state[f"{at[t]}.weight"], state[f"{at[t]}.bias_param"])
             else:
-                pairs = zip(acts, at, strict=False)
+                pairs = zip(scaled, at, strict=True)
                 u = sum(torch.nn.functional.linear(a, state[f"{p}.weight"], state[f"{p}.bias_param"]) for a, p in pairs)
             if config["skip_connection"]:
                 u = u + z[t] @ state[f"decoder_module.skip_weights.{t}"].T
@@ -135,6 +138,7 @@ LAYOUTS = [
     layout("untied, TopK", NOT_RECTIFIED, **TOP),
     layout("a source's decoder, ReLU", "ReLU()", decoder_tying="per_source", activation_fn="relu"),
     layout("a target's decoder", decoder_tying="per_target", **MEAN_STD),
+    layout("a source's decoder, scaled", decoder_tying="per_source", enable_feature_scale=True, **MEAN_STD),
     layout(
         "a target's decoder and skips, statistics above", wiring=WIRING.with_skips(), above=True,
         decoder_tying="per_target", skip_connection=True, **MEAN_STD,
