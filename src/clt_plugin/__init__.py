@@ -21,6 +21,7 @@ from clt_plugin.core import (
     WiringError,
 )
 from clt_plugin.formats import convert, inspect, load
+from clt_plugin.interventions.modes import intervene
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "add_clt",
     "convert",
     "inspect",
+    "intervene",
     "load",
 ]
 

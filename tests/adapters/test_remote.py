@@ -21,7 +21,9 @@ from support.tracing import assert_close
 TESTS = Path(__file__).parents[1]
 SOURCES = Path(clt_plugin.__file__).parent
 CASES = (
+    "applied",
     "persistent",
+    "edits",
     "persistent_lazy",
     "function",
     "function_of_the_package",
@@ -76,7 +78,8 @@ def test_neither_the_model_nor_what_a_selection_leaves_out_travels(folder: Path)
 
 TRAVELLING = (
     *(SOURCES / "core").glob("*.py"),
-    *(SOURCES / "adapters" / f"{name}.py" for name in ("_handle", "_run", "huggingface", "nnsight", "sites")),
+    *(SOURCES / "adapters" / f"{name}.py" for name in ("_handle", "_pass", "_run", "huggingface", "nnsight", "sites")),
+    *(SOURCES / "interventions" / f"{name}.py" for name in ("_apply", "_edit", "_places", "edits", "hooks", "writes")),
 )
 DECORATORS = {"property", "classmethod", "staticmethod", "cached_property", "dataclass", "runtime_checkable"}
 

@@ -20,7 +20,7 @@ IDS = torch.tensor([[0, 5, 17, 33, 60, 2, 41], [0, 9, 9, 58, 3, 30, 12]])
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 # Where a forward pass keeps each site: attn_out, resid_mid, mlp_in_before_gain, mlp_out.
-POST = "post_attention_layernorm"
+INPUT, POST = "input_layernorm", "post_attention_layernorm"
 LLAMA = ("self_attn.output", f"{POST}.input", f"{POST}.input, normalised", "mlp.output")
 FEED = "pre_feedforward_layernorm"
 GEMMA = (f"{POST}.output", f"{FEED}.input", f"{FEED}.input, normalised", "post_feedforward_layernorm.output")
@@ -43,6 +43,17 @@ BLOCKS = {
     "gpt_neox": "gpt_neox.layers",
     "gpt_neox_sequential": "gpt_neox.layers",
     "gemma3_multimodal": "model.language_model.layers",
+}
+
+# The norms in a block, and the final one.
+NORMS = {
+    "gpt2": (("ln_1", "ln_2"), "transformer.ln_f"),
+    "olmo2": ((POST, "post_feedforward_layernorm"), "model.norm"),
+    "gemma2": ((INPUT, POST, FEED, "post_feedforward_layernorm"), "model.norm"),
+    "gemma3": ((INPUT, POST, FEED, "post_feedforward_layernorm"), "model.norm"),
+    "gemma3_multimodal": ((INPUT, POST, FEED, "post_feedforward_layernorm"), "model.language_model.norm"),
+    "gpt_neox": ((INPUT, POST), "gpt_neox.final_layer_norm"),
+    "gpt_neox_sequential": ((INPUT, POST), "gpt_neox.final_layer_norm"),
 }
 
 
@@ -71,6 +82,19 @@ def test_places(family):
     assert host.parallel == (family == "gpt_neox")
     assert host.blocks == BLOCKS.get(family, "model.layers")
     assert (host.n_layers, host.d_model, host.name) == (N_LAYERS, D_MODEL, f"tiny/{family}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_all_the_norms_there_are(family):
+    hf = make_model(family)
+    host = HostModel.of(hf)
+    norms, final = NORMS.get(family, ((INPUT, POST), "model.norm"))
+    assert (host.architecture.norms, host.final_norm) == (norms, final)
+    for block in hf.get_submodule(host.blocks):
+        assert {name for name, m in block.named_children() if "Norm" in type(m).__name__} == set(norms)
+    assert "Norm" in type(hf.get_submodule(final)).__name__
+    # A model without a head keeps it beside its blocks too.
+    assert hf.base_model.get_submodule(HostModel.of(hf.base_model).final_norm) is hf.get_submodule(final)
 
 
 def record(hf: nn.Module, layer: int) -> dict[str, Tensor]:
@@ -171,18 +195,22 @@ NEW = {
     "gemma": (
         lambda: transformers.GemmaConfig(**_SMALL, head_dim=8),
         "GemmaForCausalLM",
-        Architecture("Gemma", ("gemma",), _LAYERS, "self_attn", "mlp", POST),
+        Architecture("Gemma", ("gemma",), _LAYERS, "self_attn", "mlp", INPUT, POST, "norm"),
     ),
     "olmo3": (
         lambda: transformers.Olmo3Config(**_SMALL, sliding_window=4),
         "Olmo3ForCausalLM",
-        Architecture("OLMo 3", ("olmo3",), _LAYERS, "self_attn", "mlp", None, POST, "post_feedforward_layernorm"),
+        Architecture(
+            "OLMo 3", ("olmo3",), _LAYERS, "self_attn", "mlp", None, None, "norm", POST, "post_feedforward_layernorm"
+        ),
     ),
     # One norm for both, before attention and MLP side by side.
     "phi": (
         lambda: transformers.PhiConfig(**_SMALL),
         "PhiForCausalLM",
-        Architecture("Phi", ("phi",), _LAYERS, "self_attn", "mlp", "input_layernorm", centred=True, parallel=True),
+        Architecture(
+            "Phi", ("phi",), _LAYERS, "self_attn", "mlp", INPUT, INPUT, "final_layernorm", centred=True, parallel=True
+        ),
     ),
 }
 

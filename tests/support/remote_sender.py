@@ -18,6 +18,7 @@ from nnsight.intervention.backends.remote import RemoteBackend
 import clt_plugin
 import clt_plugin as cp
 from clt_plugin import add_clt
+from clt_plugin import interventions as iv
 from support.crosscoders import make_clt
 from support.models import nnsight_model
 from support.tracing import token_ids
@@ -44,6 +45,34 @@ class ToFile(RemoteBackend):
 
 def clt_for(case_name: str) -> cp.Crosscoder:
     return make_clt(seed=len(case_name), activation="jumprelu", exclude_first=1)
+
+
+@case
+def applied(model: Any, ids: torch.Tensor, folder: Path, backend: Any) -> Any:
+    edit = iv.chain(
+        iv.only(iv.set_value(layer=0, feature=[1, 5], value=3.0), position=-1, where=iv.active(0, 2, position="any")),
+        iv.add(layer=1, feature=3, value=[2.0]),
+    )
+    with model.add_clt(clt_for("applied"), mode="replace_with_error"):
+        with model.trace(ids, backend=backend):
+            edit.apply(model)
+            features = model.clt.layers[1].features.output.save()
+            logits = model.output.logits.save()
+    return None if backend else {"features": features, "logits": logits}
+
+
+@case
+def edits(model: Any, ids: torch.Tensor, folder: Path, backend: Any) -> Any:
+    edit = iv.chain(
+        iv.only(iv.set_value(layer=0, feature=[1, 5], value=3.0), position=-1, where=iv.active(0, 2, position="any")),
+        iv.add(layer=1, feature=3, value=[2.0]),
+        iv.only_span(2),
+    )
+    with model.add_clt(clt_for("edits"), mode="replace_with_error", edits=edit):
+        with model.trace(ids, backend=backend):
+            features = model.clt.layers[1].features.output.save()
+            logits = model.output.logits.save()
+    return None if backend else {"features": features, "logits": logits}
 
 
 @case

@@ -8,9 +8,10 @@ from typing import Any
 import wrapt
 
 from clt_plugin.adapters._handle import Handle
+from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
 
-__all__ = ["Handle", "add_clt", "register"]
+__all__ = ["Handle", "add_clt", "attached_to", "register"]
 
 
 def _same(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -29,6 +30,7 @@ class _AddCLT:
         *,
         layers: Iterable[int] | None = None,
         features: Mapping[int, Sequence[int]] | None = None,
+        edits: Any = None,
     ) -> Handle:
         """Make a crosscoder part of a model: ``model.add_clt(clt, ...)`` as a function.
 
@@ -39,21 +41,18 @@ class _AddCLT:
             name: The name under which its points are found.
             layers: Attach the groups of these layers alone.
             features: Attach these features alone, by layer.
+            edits: What to edit in every run, see `clt_plugin.interventions`.
 
         Returns:
             A handle; ``handle.remove()`` leaves the model as it was.
         """
-        libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
-        if "transformer_lens" in libraries:
-            from clt_plugin.adapters import transformer_lens as adapter
-        elif "nnsight" in libraries:
-            from clt_plugin.adapters import nnsight as adapter  # type: ignore[no-redef]
-        else:
+        adapter = _adapter(model)
+        if adapter is None:
             raise AttachError(
                 f"add_clt takes an nnsight model or a TransformerBridge, not {type(model).__name__}: wrap a "
                 "transformers model in nnsight.modeling.transformers.TransformersModel(model, tokenizer=...) first"
             )
-        return adapter.add_clt(model, clt, mode, name, layers=layers, features=features)
+        return adapter.add_clt(model, clt, mode, name, layers=layers, features=features, edits=edits)
 
     def __reduce__(self) -> Any:
         # Only nnsight runs code on other machines: what travels is its function alone.
@@ -63,6 +62,26 @@ class _AddCLT:
 
 
 add_clt = _AddCLT()
+
+
+def attached_to(model: Any) -> dict[str, Crosscoder]:
+    """Return the crosscoders that are attached to a model, by name; none to a model of neither library."""
+    adapter = _adapter(model)
+    return {} if adapter is None else adapter.attached(model)
+
+
+def _adapter(model: Any) -> Any:
+    """Return the adapter of the library that a model is of, or None."""
+    libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+    if "transformer_lens" in libraries:
+        from clt_plugin.adapters import transformer_lens
+
+        return transformer_lens
+    if "nnsight" in libraries:
+        from clt_plugin.adapters import nnsight
+
+        return nnsight
+    return None
 
 
 def register() -> None:

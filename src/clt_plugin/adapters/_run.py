@@ -7,18 +7,40 @@ passes each value through its library's points by way of ``visit``; the arithmet
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+from clt_plugin.adapters._pass import Pass
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
 from clt_plugin.core.wiring import SITE_NAMES, Site, Wiring
 
 POINTS = ("enc_in", "pre_acts", "features", "recon", "error")
 """What a crosscoder shows at each layer, in the order in which a forward pass reaches it."""
+
+
+class Edits(Protocol):
+    """What an edit does in a run; `clt_plugin.interventions` makes them."""
+
+    def check(self, crosscoder: Crosscoder) -> None:
+        """Raise where it does not fit a crosscoder."""
+
+    def activations(self, label: str, acts: Tensor, natural: Mapping[str, Tensor], now: Pass) -> Tensor:
+        """Return a group's activations, edited; the same tensor where nothing is."""
+        ...
+
+    def dropped(self, wiring: Wiring) -> Collection[tuple[int, Site]]:
+        """Return which groups' writes to which sites are left out."""
+        ...
+
+    def watched(self) -> Collection[str]:
+        """Return the labels of the groups whose natural activations it looks at."""
+        ...
+
 
 Visit = Callable[[str, Tensor], Tensor]
 """Pass a point's value through the library: the value after every user's hook on it."""
@@ -30,6 +52,13 @@ def encoded_at_mlp(wiring: Wiring, group: int) -> bool:
     """Whether a group has read all it reads once its home layer's MLP is about to run."""
     last = max(wiring.reads[group], key=lambda site: site.order)
     return SITE_NAMES.index(last.name) < _MLP_DUE
+
+
+def turn(wiring: Wiring, group: int) -> tuple[int, int, int]:
+    """Return when in a forward pass a group is encoded: groups compare by it."""
+    last = max(site.order for site in wiring.reads[group])
+    layer, place = (last[0], _MLP_DUE - 1) if encoded_at_mlp(wiring, group) else last
+    return (layer, place, group)
 
 
 def group_labels(wiring: Wiring) -> tuple[str, ...]:
@@ -54,31 +83,39 @@ class Run:
     Args:
         crosscoder: What is attached.
         mode: ``"replace"``, ``"replace_with_error"`` or ``"observe"``.
+        edits: What is edited in every pass.
     """
 
-    def __init__(self, crosscoder: Crosscoder, mode: str) -> None:
+    def __init__(self, crosscoder: Crosscoder, mode: str, edits: Edits | None = None) -> None:
         self.crosscoder = crosscoder
         self.mode = mode
+        self.edits = edits
+        self.labels = group_labels(crosscoder.wiring)
+        self.dropped = frozenset(edits.dropped(crosscoder.wiring)) if edits else frozenset()
         self.clear()
 
     def clear(self) -> None:
         """Forget everything: nothing of a forward pass outlives it."""
         self.inputs: dict[Site, Tensor] = {}
         self.encoded: set[int] = set()
-        # Decoded so far for each site still to be written, from edited features, and from edits alone.
+        # Decoded so far for each site still to be written, from edited features, and what edits alone change.
         self.decoded: dict[Site, Tensor] = {}
-        self.edits: dict[Site, Tensor] = {}
+        self.changes: dict[Site, Tensor] = {}
         self.written: set[Site] = set()
         self.excluded: Tensor | None = None
+        self.now: Pass | None = None
+        # Natural activations that conditions of edits look at.
+        self.natural: dict[str, Tensor] = {}
 
-    def begin(self, excluded: Tensor | None) -> None:
+    def begin(self, excluded: Tensor | None, now: Pass | None = None) -> None:
         """Start a forward pass.
 
         Args:
             excluded: Positions outside what the crosscoder was trained on, (batch, position), or None.
+            now: What passes through the model; needed only for edits.
         """
         self.clear()
-        self.excluded = excluded
+        self.excluded, self.now = excluded, now
         if self.crosscoder.training and self.crosscoder.activation.has_batch_threshold:
             raise AttachError("BatchTopK in training mode selects over the whole batch: call eval() on the crosscoder")
 
@@ -104,18 +141,42 @@ class Run:
         acts = self._activate(group, h_seen)
         if self.mode == "replace_with_error":
             natural = self._natural(group, x, x_seen, h, h_seen, acts)
+        acts = self._edited(group, acts)
         # Some activation functions keep their output for the backward pass, which an edit in place would spoil.
         acts = _shown(visit, "features", acts.clone() if acts.requires_grad else acts)
         if self.mode == "observe":
             return
         if crosscoder.is_partial and acts.requires_grad:
             acts.register_hook(_warn_of_missing_paths)
-        _accumulate(self.decoded, crosscoder.decode_group(group, acts))
+        _accumulate(self.decoded, self._kept(group, crosscoder.decode_group(group, acts)))
         if self.mode == "replace" and self.excluded is not None:
             natural = acts.masked_fill(self.excluded.to(acts.device)[..., None], 0)
-        if self.keeps_some_outputs and _differ(acts, natural):
-            with torch.no_grad():
-                _accumulate(self.edits, crosscoder.decode_group(group, acts - natural))
+        if self.keeps_some_outputs:
+            self._note_changes(group, acts, natural)
+
+    def _edited(self, group: int, acts: Tensor) -> Tensor:
+        """Return a group's activations after the edits that the run was given."""
+        label = self.labels[group]
+        if self.edits is None or self.now is None:
+            return acts
+        if label in self.edits.watched():
+            # A copy: a user may edit in place what the point shows.
+            self.natural[label] = acts.detach().clone()
+        return self.edits.activations(label, acts, self.natural, self.now)
+
+    def _kept(self, group: int, parts: dict[Site, Tensor]) -> dict[Site, Tensor]:
+        """Return what a group writes, without the writes that are left out."""
+        return {site: part for site, part in parts.items() if (group, site) not in self.dropped}
+
+    def _note_changes(self, group: int, acts: Tensor, natural: Tensor) -> None:
+        """Note what edits change of what a group writes: what its error must not make up for."""
+        with torch.no_grad():
+            if _differ(acts, natural):
+                _accumulate(self.changes, self._kept(group, self.crosscoder.decode_group(group, acts - natural)))
+            lost = {site for g, site in self.dropped if g == group}
+            if lost:
+                parts = self.crosscoder.decode_group(group, natural)
+                _accumulate(self.changes, {site: -part for site, part in parts.items() if site in lost})
 
     def _natural(self, group: int, x: Tensor, x_seen: Tensor, h: Tensor, h_seen: Tensor, acts: Tensor) -> Tensor:
         """Return the activations that no edit has touched, (..., F), computed again only where one has."""
@@ -155,7 +216,7 @@ class Run:
         # In float32 at least: then the two cancel, and without an edit the output is the model's own.
         wide = torch.promote_types(y.dtype, torch.float32)
         with torch.no_grad():
-            natural = y - self.edits.pop(site) if site in self.edits else y
+            natural = y - self.changes.pop(site) if site in self.changes else y
             error = own.to(y.device, wide) - natural.to(wide)
         y = _shown(visit, "recon", y)
         if self.mode == "replace_with_error":

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clt_plugin.adapters._pass import Pass
 from clt_plugin.adapters.sites import Architecture, architecture_of, check_sites, is_parallel
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
@@ -43,6 +44,11 @@ class HostModel:
     def backbone(self) -> str:
         """The path of the module that runs the blocks; "" for the model itself."""
         return self.blocks.rpartition(".")[0]
+
+    @property
+    def final_norm(self) -> str:
+        """The path of the norm before the unembedding."""
+        return f"{self.backbone}.{self.architecture.final_norm}".lstrip(".")
 
     @classmethod
     def of(cls, model: nn.Module) -> HostModel:
@@ -82,26 +88,30 @@ def crosscoder_for(
     return clt if layers is None and features is None else clt.select(layers, features)
 
 
-def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str) -> HostModel:
+def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str, edits: Any = None) -> HostModel:
     """Refuse a crosscoder that does not fit a model, or cannot be attached in a mode; warn of another name.
 
     Args:
         crosscoder: What is to be attached.
         model: The Hugging Face model.
         mode: One of `MODES`.
+        edits: What is to be edited, or None.
     """
     if mode not in MODES:
         raise AttachError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
+    if edits is not None:
+        if mode == "observe":
+            raise AttachError("mode='observe' writes nothing, so that edits would have no effect: use another mode")
+        edits.check(crosscoder)
+        for part in edits.parts():
+            if part.edit.kind == "ablate_handoff":
+                raise AttachError(f"{part!r} changes what an MLP reads, as add_clt does not: pass it to intervene")
     host = HostModel.of(model)
     _check_dimensions(crosscoder, host)
     sites = crosscoder.sites
     check_sites(host.architecture, host.parallel, [site.name for site in (*sites.read, *sites.write)])
     _check_mode(crosscoder, mode)
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        raise AttachError(
-            "gradient checkpointing runs each block twice, and a crosscoder would read both runs: turn it off first, "
-            "with model.gradient_checkpointing_disable(), which newer versions call activation_checkpointing_disable()"
-        )
+    check_runs_once(model)
     wanted, found = crosscoder.host.model_name, _own_name(host.name)
     if wanted and found and _own_name(wanted) != found:
         warnings.warn(
@@ -110,6 +120,15 @@ def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str) -> HostModel
             stacklevel=4,
         )
     return host
+
+
+def check_runs_once(model: nn.Module) -> None:
+    """Refuse a model whose blocks run again in the backward pass."""
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        raise AttachError(
+            "gradient checkpointing runs each block twice, and a crosscoder would read both runs: turn it off first, "
+            "with model.gradient_checkpointing_disable(), which newer versions call activation_checkpointing_disable()"
+        )
 
 
 def _check_dimensions(crosscoder: Crosscoder, host: HostModel) -> None:
@@ -195,6 +214,19 @@ def excluded_positions(first: int, arguments: dict[str, Any], shape: tuple[int, 
     return excluded if bool(excluded.any()) else None
 
 
+def pass_of(arguments: dict[str, Any], ids: Tensor | None, shape: tuple[int, ...]) -> Pass:
+    """Describe a forward pass of the backbone.
+
+    Args:
+        arguments: Its keyword arguments: its attention mask and cache are looked at.
+        ids: Its token ids, or None.
+        shape: (batch, position) of this pass.
+    """
+    cache = arguments.get("past_key_values")
+    past = cache.get_seq_length() if cache is not None else 0
+    return Pass.of(ids, (shape[0], shape[1]), _kept_positions(arguments.get("attention_mask")), past)
+
+
 def _kept_positions(mask: Any) -> Tensor | None:
     """Return which positions an attention mask keeps, (batch, keys); None where it says nothing of padding."""
     if isinstance(mask, dict):
@@ -206,3 +238,65 @@ def _kept_positions(mask: Any) -> Tensor | None:
         # What each query may see, (batch, heads, queries, keys), as booleans or as 0 among very negative numbers.
         return (mask if mask.dtype == torch.bool else mask == 0)[:, 0].any(-2)
     return mask.bool()
+
+
+class plain_model:
+    """The Hugging Face model inside either library's object, as it runs without the library: a context manager.
+
+    A bridge's components step aside as long as the context lasts, so the bridge itself is not to be run in it.
+
+    Args:
+        model: An nnsight model, a TransformerBridge, or a transformers model, which is given back as it is.
+
+    Raises:
+        AttachError: A bridge whose weights were processed; an nnsight model inside its own trace.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._aside: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def __enter__(self) -> nn.Module:
+        model = self.model
+        # By name, so that neither library is imported here.
+        libraries = {cls.__module__.partition(".")[0] for cls in type(model).__mro__}
+        if "nnsight" in libraries:
+            return _inside_nnsight(model)
+        if "transformer_lens" not in libraries:
+            return model
+        if model._weights_processed:
+            raise AttachError(
+                "this bridge's weights were processed (compatibility mode folds norms into them), so that the model "
+                "they came from is gone: boot it again without"
+            )
+        try:
+            self._step_aside(model.original_model)
+        except BaseException:
+            self.__exit__()
+            raise
+        return model.original_model
+
+    def __exit__(self, *_: object) -> None:
+        while self._aside:
+            parent, name, component = self._aside.pop()
+            parent._modules[name] = component
+
+    def _step_aside(self, parent: nn.Module) -> None:
+        """Put the module that each component of a bridge wraps in the component's place."""
+        for name, child in list(parent._modules.items()):
+            if child is None:
+                continue
+            original = child._modules.get("_original_component")
+            if original is not None:
+                self._aside.append((parent, name, child))
+                parent._modules[name] = original
+            self._step_aside(child if original is None else original)
+
+
+def _inside_nnsight(model: Any) -> nn.Module:
+    """Return the model that nnsight wraps, with its weights loaded."""
+    if model.interleaver.interleaving:
+        raise AttachError("the plain model cannot run inside a trace, which would take part in it: leave the trace")
+    if not model.dispatched:
+        model.dispatch()
+    return model._module

@@ -25,7 +25,7 @@ from torch._guards import detect_fake_mode
 
 from clt_plugin.adapters._handle import Handle
 from clt_plugin.adapters._run import POINTS, Run, encoded_at_mlp, group_labels, point_labels
-from clt_plugin.adapters.huggingface import HostModel, check_fits, crosscoder_for, excluded_positions
+from clt_plugin.adapters.huggingface import HostModel, check_fits, crosscoder_for, excluded_positions, pass_of
 from clt_plugin.adapters.sites import normalise
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
@@ -70,6 +70,7 @@ class CLTEnvoy(Envoy):
         written: The layers whose MLP outputs it writes.
         rows: The rows of the batch that it concerns, as nnsight notes them; None for all.
         stored: The edit that starts its workers; None where it acts in one run alone.
+        crosscoder: The crosscoder; None at a remote model, since it does not travel with the envoy.
     """
 
     def __reduce__(self) -> Any:
@@ -85,7 +86,7 @@ class PointEnvoy(Envoy):
 
 def _envoy(interleaver: Any, path: str, labels: tuple[str, ...], mode: str, written: tuple[int, ...]) -> CLTEnvoy:
     envoy = CLTEnvoy(Points(labels), path=path, interleaver=interleaver, envoys=PointEnvoy)
-    envoy.mode, envoy.written, envoy.rows, envoy.stored = mode, written, None, None
+    envoy.mode, envoy.written, envoy.rows, envoy.stored, envoy.crosscoder = mode, written, None, None, None
     return envoy
 
 
@@ -104,6 +105,7 @@ def add_clt(
     *,
     layers: Iterable[int] | None = None,
     features: Mapping[int, Sequence[int]] | None = None,
+    edits: Any = None,
 ) -> Handle:
     """Make a crosscoder part of an nnsight model.
 
@@ -117,6 +119,7 @@ def add_clt(
         name: The attribute of the model under which the points are found: ``model.clt.layers[3].features.output``.
         layers: Attach the groups of these layers alone (see `Crosscoder.select`).
         features: Attach these features alone, by layer.
+        edits: What to edit in every run (see `clt_plugin.interventions`), before users' own edits of the points.
 
     Returns:
         A handle; ``handle.remove()`` leaves the model as it was.
@@ -125,7 +128,7 @@ def add_clt(
         AttachError: The crosscoder does not fit, or cannot be attached so; the model is as it was.
     """
     clt = crosscoder_for(clt, layers, features)
-    host = check_fits(clt, model._module, mode)
+    host = check_fits(clt, model._module, mode, edits)
     worker = _worker()
     if worker is not None and worker.pending is not None:
         raise AttachError("inside a trace, add_clt must be the body's first line, before anything is read or edited")
@@ -137,18 +140,19 @@ def add_clt(
     rows = None if worker is None else worker.batch_group
     _check_room(model, clt, mode, name, rows)
     envoy = _mount(model, clt, mode, name, rows)
+    object.__setattr__(envoy, "crosscoder", clt)  # set plainly, a module would be wrapped in an envoy of its own
     if worker is None:
         try:
             # This block is stored, and replayed at the start of every run.
             with model.edit(inplace=True):
-                drive(model, clt, mode, envoy, host, None)
+                drive(model, clt, mode, envoy, host, None, edits)
         except BaseException:
             _unmount(model, envoy, name)
             raise
         envoy.stored = model._edits[-1]
     else:
         _start(lambda: _until_the_end(lambda: _unmount(model, envoy, name)), model, None, first=False)
-        drive(model, clt, mode, envoy, host, rows)
+        drive(model, clt, mode, envoy, host, rows, edits)
 
     def detach() -> None:
         if envoy.stored in model._edits:
@@ -156,6 +160,12 @@ def add_clt(
         _unmount(model, envoy, name)
 
     return Handle(clt, name, mode, envoy.layers, detach if worker is None else None)
+
+
+def attached(model: Envoy) -> dict[str, Crosscoder]:
+    """Return the crosscoders that stay in a model until they are removed, by name."""
+    children = [child for child in model._children if isinstance(child, CLTEnvoy) and child.stored in model._edits]
+    return {child.path.rpartition(".")[2]: child.crosscoder for child in children}
 
 
 def _check_room(model: Envoy, clt: Crosscoder, mode: str, name: str, rows: Any) -> None:
@@ -185,7 +195,9 @@ def _check_room(model: Envoy, clt: Crosscoder, mode: str, name: str, rows: Any) 
 # ---------------------------------------------------------------- the workers
 
 
-def drive(model: Envoy, clt: Crosscoder, mode: str, points: CLTEnvoy, host: HostModel, group: Any) -> None:
+def drive(
+    model: Envoy, clt: Crosscoder, mode: str, points: CLTEnvoy, host: HostModel, group: Any, edits: Any = None
+) -> None:
     """Start the workers that put a crosscoder into the run that is about to begin.
 
     Args:
@@ -195,8 +207,9 @@ def drive(model: Envoy, clt: Crosscoder, mode: str, points: CLTEnvoy, host: Host
         points: Its points.
         host: What the model is.
         group: The rows of the batch that it concerns, as nnsight notes them; None for all.
+        edits: As for `add_clt`.
     """
-    run, wiring = Run(clt, mode), clt.wiring
+    run, wiring = Run(clt, mode, edits), clt.wiring
     backbone = model.get(host.backbone) if host.backbone else model
     blocks = model.get(host.blocks)
     places = host.architecture.places(host.parallel)
@@ -262,8 +275,11 @@ def drive(model: Envoy, clt: Crosscoder, mode: str, points: CLTEnvoy, host: Host
         ids = args[0] if args else kwargs.get("input_ids")
         shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
         # A scan has shapes and no values, so that no mask can be looked at.
-        first = clt.host.exclude_first if detect_fake_mode() is None else 0
-        run.begin(excluded_positions(first, kwargs, shape))
+        if detect_fake_mode() is not None:
+            run.begin(None)
+            return
+        now = None if edits is None else pass_of(kwargs, ids, shape)
+        run.begin(excluded_positions(clt.host.exclude_first, kwargs, shape), now)
 
     for site in wiring.read_sites:
         _start(reader(site), model, group, first=False)

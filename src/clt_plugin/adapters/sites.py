@@ -41,7 +41,9 @@ class Architecture:
         blocks: Where the list of blocks may be, tried in turn.
         attention: The attention module.
         mlp: The MLP module.
+        pre_attention_norm: The norm whose output attention reads, or None.
         pre_mlp_norm: The norm whose output the MLP reads, or None.
+        final_norm: The norm before the unembedding, beside the list of blocks.
         post_attention_norm: The norm between attention and the residual stream, or None.
         post_mlp_norm: The norm between the MLP and the residual stream, or None.
         centred: Whether norms subtract the mean (LayerNorm) or not (RMSNorm).
@@ -54,11 +56,19 @@ class Architecture:
     blocks: tuple[str, ...]
     attention: str
     mlp: str
+    pre_attention_norm: str | None
     pre_mlp_norm: str | None
+    final_norm: str
     post_attention_norm: str | None = None
     post_mlp_norm: str | None = None
     centred: bool = False
     parallel: bool | str = False
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of a block; one that attention and MLP share counts once."""
+        names = (self.pre_attention_norm, self.post_attention_norm, self.pre_mlp_norm, self.post_mlp_norm)
+        return tuple(dict.fromkeys(name for name in names if name))
 
     def places(self, parallel: bool) -> dict[str, Place]:
         """Return the place of every site that a block of this family has.
@@ -85,23 +95,30 @@ class Architecture:
 _DECODER = ("model.layers", "model.language_model.layers", "language_model.layers", "layers")
 
 ARCHITECTURES: list[Architecture] = [
-    Architecture("GPT-2", ("gpt2",), ("transformer.h", "h"), "attn", "mlp", "ln_2", centred=True),
+    Architecture(
+        "GPT-2", ("gpt2",), ("transformer.h", "h"), "attn", "mlp", "ln_1", "ln_2", "ln_f", centred=True,
+    ),
     Architecture(
         "Llama, Mistral, Qwen", ("llama", "mistral", "qwen2", "qwen3"), _DECODER,
-        "self_attn", "mlp", "post_attention_layernorm",
+        "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "norm",
     ),
-    Architecture("OLMo", ("olmo",), _DECODER, "self_attn", "mlp", "post_attention_layernorm", centred=True),
+    Architecture(
+        "OLMo", ("olmo",), _DECODER,
+        "self_attn", "mlp", "input_layernorm", "post_attention_layernorm", "norm", centred=True,
+    ),
     Architecture(
         "OLMo 2", ("olmo2",), _DECODER,
-        "self_attn", "mlp", None, "post_attention_layernorm", "post_feedforward_layernorm",
+        "self_attn", "mlp", None, None, "norm", "post_attention_layernorm", "post_feedforward_layernorm",
     ),
     Architecture(
         "Gemma 2 and 3", ("gemma2", "gemma3", "gemma3_text"), _DECODER,
-        "self_attn", "mlp", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm",
+        "self_attn", "mlp", "input_layernorm", "pre_feedforward_layernorm", "norm",
+        "post_attention_layernorm", "post_feedforward_layernorm",
     ),
     Architecture(
         "GPT-NeoX, Pythia", ("gpt_neox",), ("gpt_neox.layers", "layers"),
-        "attention", "mlp", "post_attention_layernorm", centred=True, parallel="use_parallel_residual",
+        "attention", "mlp", "input_layernorm", "post_attention_layernorm", "final_layer_norm",
+        centred=True, parallel="use_parallel_residual",
     ),
 ]  # fmt: skip
 

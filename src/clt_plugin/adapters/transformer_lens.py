@@ -21,7 +21,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 from clt_plugin.adapters._handle import Handle
 from clt_plugin.adapters._run import POINTS, Run, encoded_at_mlp, group_labels, point_labels
-from clt_plugin.adapters.huggingface import HostModel, check_fits, crosscoder_for, excluded_positions
+from clt_plugin.adapters.huggingface import HostModel, check_fits, crosscoder_for, excluded_positions, pass_of
 from clt_plugin.adapters.sites import normalise
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
@@ -42,6 +42,7 @@ def add_clt(
     *,
     layers: Iterable[int] | None = None,
     features: Mapping[int, Sequence[int]] | None = None,
+    edits: Any = None,
 ) -> Handle:
     """Make a crosscoder part of a TransformerBridge, until it is removed.
 
@@ -53,6 +54,7 @@ def add_clt(
         name: The part of the hook names: ``blocks.3.clt.hook_features``.
         layers: Attach the groups of these layers alone (see `Crosscoder.select`).
         features: Attach these features alone, by layer.
+        edits: What to edit in every run (see `clt_plugin.interventions`), before users' own hooks on the points.
 
     Returns:
         A handle; ``handle.remove()`` leaves the bridge as it was.
@@ -67,9 +69,9 @@ def add_clt(
             "crosscoder reads and writes: boot the model again and attach without it, or with "
             "enable_compatibility_mode(no_processing=True)"
         )
-    host = check_fits(clt, bridge.original_model, mode)
+    host = check_fits(clt, bridge.original_model, mode, edits)
     _check_room(bridge, clt, mode, name)
-    attached = _Attached(bridge, clt, mode, name, host)
+    attached = _Attached(bridge, clt, mode, name, host, edits)
     try:
         attached.attach()
     except BaseException:
@@ -77,6 +79,16 @@ def add_clt(
         raise
     by_layer = {int(label) if label.isdigit() else label: points for label, points in attached.points.items()}
     return Handle(clt, name, mode, by_layer, attached.detach)
+
+
+def attached(bridge: TransformerBridge) -> dict[str, Crosscoder]:
+    """Return the crosscoders in a bridge, by name."""
+    found: dict[str, Crosscoder] = {}
+    for block in bridge.blocks:
+        for points in vars(block).values():
+            if isinstance(points, SimpleNamespace) and hasattr(points, "_run"):
+                found.setdefault(points._name, points._run.crosscoder)
+    return found
 
 
 def _check_room(bridge: TransformerBridge, clt: Crosscoder, mode: str, name: str) -> None:
@@ -111,11 +123,14 @@ class _Attached:
         mode: As for `add_clt`.
         name: As for `add_clt`.
         host: What the model is.
+        edits: As for `add_clt`.
     """
 
-    def __init__(self, bridge: TransformerBridge, clt: Crosscoder, mode: str, name: str, host: HostModel) -> None:
+    def __init__(
+        self, bridge: TransformerBridge, clt: Crosscoder, mode: str, name: str, host: HostModel, edits: Any = None
+    ) -> None:
         self.bridge, self.clt, self.mode, self.name, self.host = bridge, clt, mode, name, host
-        self.run = Run(clt, mode)
+        self.run = Run(clt, mode, edits)
         # Whether a forward pass is under way: a block or an MLP that is called by itself runs as it always did.
         self.in_pass = False
         self.places = host.architecture.places(host.parallel)
@@ -154,6 +169,8 @@ class _Attached:
         for hook, point in vars(points).items():
             point.name = f"blocks.{layer}.{own}.{hook}"
             self._put(self.bridge._hook_registry, point.name, point)
+        # For edits as hooks, which ask it what passes through the model.
+        points._run, points._name = self.run, self.name
         # Into the instance's dictionary: set as an attribute it would count as a submodule.
         self._put(self.bridge.blocks[int(layer)].__dict__, own, points)
         self.points[label] = points
@@ -176,7 +193,8 @@ class _Attached:
         def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             ids = args[0] if args else kwargs.get("input_ids")
             shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
-            self.run.begin(excluded_positions(self.clt.host.exclude_first, kwargs, shape))
+            excluded = excluded_positions(self.clt.host.exclude_first, kwargs, shape)
+            self.run.begin(excluded, pass_of(kwargs, ids, shape))
             self.in_pass = True
 
         self.undo.append(backbone.register_forward_pre_hook(begin, with_kwargs=True).remove)

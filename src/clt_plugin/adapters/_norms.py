@@ -1,0 +1,107 @@
+"""What linear map a norm applies in one run, found by asking it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from clt_plugin.core.errors import AttachError
+
+
+class FreezeError(AttachError):
+    """A run that cannot be recorded or frozen, or a freeze that did not act."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenNorm:
+    """A norm whose denominators are those of one run: ``gain * centre(x) * scale + bias``, but for rounding.
+
+    Attributes:
+        gain: (d,), in float32 at least, as are the bias and the scale.
+        bias: (d,).
+        scale: One over each position's denominator, (batch, position, 1).
+        centred: Whether the mean is subtracted.
+        x: The recorded input, (batch, position, d).
+        y: The recorded output, of the same shape.
+    """
+
+    gain: Tensor
+    bias: Tensor
+    scale: Tensor
+    centred: bool
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def of(cls, norm: nn.Module, x: Tensor, y: Tensor, name: str = "this norm") -> FrozenNorm:
+        """Find a norm's gain, centring and bias by asking it, and its scale in one run by projection.
+
+        Args:
+            norm: Any module of that form: RMSNorm, with its gain stored as such or as what is added to 1, LayerNorm,
+                with parameters or without, `torch.nn.Identity`.
+            x: Its input in that run, (batch, position, d).
+            y: Its output then.
+            name: What to call it in errors.
+
+        Raises:
+            FreezeError: The module is not of that form.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        state = {f"norm.{key}": value.to(wide) for key, value in norm.state_dict(keep_vars=True).items()}
+        ask = partial(functional_call, _Bare(norm), state)
+        signs = torch.ones(x.shape[-1], dtype=wide, device=x.device)
+        signs[1::2] = -1
+        # So large that epsilon is nothing beside it, and within reach of float16.
+        large = 1e4
+        bias = ask(torch.zeros_like(signs))
+        answer = ask(large * signs) - bias
+        shifted = ask(large * (signs + 3)) - bias
+        centred = bool((shifted - answer).abs().max() < 1e-3 * answer.abs().max())
+        direction = _centre(signs) if centred else signs
+        gain = answer / (direction * direction.pow(2).mean().rsqrt())
+        unscaled = gain * (_centre(x.to(wide)) if centred else x.to(wide))
+        scaled = ask(x.to(wide)) - bias
+        square = unscaled.pow(2).sum(-1, keepdim=True)
+        # Where nothing comes in, nothing comes out at any scale: epsilon's own, as for a very small input.
+        small = 1e-12 * signs
+        silent = ((ask(small) - bias).norm() / (gain * small).norm()).nan_to_num()
+        scale = torch.where(square > 0, (unscaled * scaled).sum(-1, keepdim=True) / square, silent)
+        if not bool(((unscaled * scale - scaled).abs() <= 1e-3 * gain.abs().max()).all()):
+            raise FreezeError(
+                f"{name}, a {type(norm).__name__}, is not gain * centre(x) / denominator + bias, the only form of norm "
+                "that can be frozen; or its input is not finite"
+            )
+        return cls(gain, bias, scale, centred, x, y)
+
+    def linear(self, x: Tensor) -> Tensor:
+        """Return ``gain * centre(x) * scale``, (..., position, d)."""
+        return self.gain * (_centre(x) if self.centred else x) * self.scale
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the output at an input of the recorded positions, (batch, position, d), in its dtype.
+
+        Args:
+            x: One row a recorded row, or any number for a recording of one.
+        """
+        # From the recorded output, not from zero: what was recorded comes back to the last bit.
+        wide = self.gain.dtype
+        return (self.y + self.linear(x.to(wide) - self.x.to(wide))).to(x.dtype)
+
+
+class _Bare(nn.Module):
+    """A norm without anyone's hooks, which are not to be asked."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm.forward(x)
+
+
+def _centre(x: Tensor) -> Tensor:
+    return x - x.mean(-1, keepdim=True)

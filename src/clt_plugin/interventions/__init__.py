@@ -1,0 +1,77 @@
+"""Interventions: edits as pure values, and the modes in which they act."""
+
+from clt_plugin.interventions.amplification import Amplified, amplify
+from clt_plugin.interventions.edits import (
+    Chain,
+    Condition,
+    Edit,
+    EditError,
+    FeatureEdit,
+    Only,
+    Supernode,
+    ablate,
+    active,
+    add,
+    all_of,
+    any_of,
+    chain,
+    clamp,
+    from_dict,
+    from_json,
+    inactive,
+    not_,
+    only,
+    scale,
+    set_value,
+    supernode,
+)
+from clt_plugin.interventions.handoff import Handoff, ablate_handoff
+from clt_plugin.interventions.handoff_scan import HandoffScan, handoff_scan
+from clt_plugin.interventions.modes import intervene
+from clt_plugin.interventions.result import Intervention, TokenChange
+from clt_plugin.interventions.steering import Generation, Sweep, generate, steer, steer_sweep, stream
+from clt_plugin.interventions.writes import WriteMask, ablate_cross_layer, decode, only_span
+
+__all__ = [
+    "Amplified",
+    "Chain",
+    "Condition",
+    "Edit",
+    "EditError",
+    "FeatureEdit",
+    "Generation",
+    "Handoff",
+    "HandoffScan",
+    "Intervention",
+    "Only",
+    "Supernode",
+    "Sweep",
+    "TokenChange",
+    "WriteMask",
+    "ablate",
+    "ablate_cross_layer",
+    "ablate_handoff",
+    "active",
+    "add",
+    "all_of",
+    "amplify",
+    "any_of",
+    "chain",
+    "clamp",
+    "decode",
+    "from_dict",
+    "from_json",
+    "generate",
+    "handoff_scan",
+    "inactive",
+    "intervene",
+    "not_",
+    "only",
+    "only_span",
+    "scale",
+    "set_value",
+    "steer",
+    "steer_sweep",
+    "stream",
+    "supernode",
+]
