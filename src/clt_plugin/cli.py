@@ -88,11 +88,11 @@ def list_known(
 
 def _or_exit(call: Callable[[], T]) -> T:
     """Call; print an error of ours as one line, without a traceback."""
-    from clt_plugin.core import FormatError, HubError, RegistryError, WiringError
+    from clt_plugin.core import RegistryError
 
     try:
         return call()
-    except (FormatError, HubError, RegistryError, WiringError, FileExistsError, ValueError) as error:
+    except (OSError, ValueError, RegistryError) as error:  # the others of ours are kinds of these
         typer.secho(f"clt: {error}", err=True, fg="red")
         raise typer.Exit(2) from error
 

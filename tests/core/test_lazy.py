@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -160,12 +161,28 @@ def test_only_rows_of_active_latents_are_read(tmp_path, monkeypatch):
     assert asked == [("W_dec", 0, [2, 5]), ("W_dec", 1, []), ("W_dec", 2, [4])]
 
 
+def test_files_that_change_are_refused(tmp_path):
+    """Whatever replaces them: biases are of the file that was there at first."""
+    cc = build("clt")
+    lazy, path = on_disk(cc, tmp_path), tmp_path / "group_1.safetensors"
+    before = path.read_bytes()
+    lazy.to(torch.float32).decoder_vectors(1)
+    for content in (before[:-8], before[:-8] + bytes(8), None):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(FormatError, match=r"^group_1\.safetensors changed since it was opened: load it again"):
+            lazy.decoder_vectors(1)
+        lazy.decoder_vectors(0)
+
+
 def test_damage_is_refused_when_it_is_read(tmp_path):
     cc = build("clt")
     lazy = on_disk(cc, tmp_path)
     features, damaged = [torch.zeros(2, 6, dtype=torch.float64) for _ in range(3)], cc.W_dec[1].detach().clone()
     damaged[3, 2] = float("nan")
     save_file({"W_dec": damaged}, str(tmp_path / "group_1.safetensors"))
+    lazy._lazy_store = dataclasses.replace(lazy.store, stamps=None)  # opened after that
     features[1][0, 2] = 1.0
     assert lazy.decode(features, path="sparse")
     features[1][1, 3] = 1.0

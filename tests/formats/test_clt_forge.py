@@ -31,8 +31,8 @@ def test_what_is_read_depends_on_the_norm(tmp_path, model, site):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"model_name": "own"}, "names the model 'own', and what was read there depends on its norm"),
-        ({"model_name": None}, "names the model None"),
+        ({"model_name": "own"}, "reads ln2.hook_normalized of own, which is before or after the norm's gain"),
+        ({"model_name": None}, "reads ln2.hook_normalized of None"),
         ({"d_latent": 12}, "says d_latent 12, but the tensors of .* have 10"),
         ({"cross_layer_decoders": False}, r"W_dec has shape \(6, 10, 4\), where \(3, 10, 4\) was expected"),
     ],

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import clt_plugin as cp
 from clt_plugin.formats import _files, conversion
+from support.hub_server import HubServer, use
 
 
 @pytest.fixture
@@ -109,3 +110,51 @@ def test_progress_counts_every_byte(source, tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "writing: 100%" in shown
     assert "verifying: 100%" in shown
+
+
+def test_zero_and_minus_zero_differ(source, tmp_path, monkeypatch):
+    clt = cp.load(source)
+    clt.W_dec[0].data[0, 0] = 0.0
+    clt.save(source, overwrite=True)
+    write = _files._write
+
+    def signed(file, name, rows):
+        if name == "W_dec_0":
+            whole = torch.cat([chunk.reshape(-1) for chunk in rows.chunks()]).clone()
+            whole[whole == 0] = -0.0
+            rows = _files.Rows.of(whole.reshape(rows.shape))
+        write(file, name, rows)
+
+    monkeypatch.setattr(_files, "_write", signed)
+    with pytest.raises(cp.FormatError, match="differs in W_dec 0"):
+        cp.convert(source, tmp_path / "ct", "circuit-tracer", bar=False)
+
+
+@pytest.mark.parametrize(
+    ("below", "target", "words"),
+    [("p/a/clt", "p", "contains the source"), ("p", "p/a/clt", "is inside the source"), ("p", "q/../p/a", "is inside")],
+)
+def test_source_and_target_lie_apart(source, tmp_path, below, target, words):
+    (tmp_path / below).parent.mkdir(parents=True, exist_ok=True)
+    source.rename(tmp_path / below)
+    (tmp_path / "p" / "thesis.tex").write_text("precious")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=words):
+        cp.convert(tmp_path / below, tmp_path / target, overwrite=True, bar=False)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_in_place(source):
+    whole = cp.load(source)
+    cp.convert(source, source, "circuit-tracer", overwrite=True, bar=False)
+    assert list(conversion.differences(whole, cp.load(source))) == []
+
+
+def test_of_a_revision(source, tmp_path):
+    with HubServer() as hub, use(hub, tmp_path / "machine"):
+        commit = hub.add("o/n", source)
+        hub.add("o/n", {"config.json": b"{}"})
+        cp.convert("hf://o/n", tmp_path / "old", revisions={"o/n": commit}, bar=False)
+        assert_same(source, tmp_path / "old")
+        cp.convert(f"hf://o/n@{commit}", tmp_path / "again", bar=False)
+        assert cp.load(tmp_path / "again").metadata["source"] == [f"hf://o/n@{commit}"]

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import clt_plugin as cp
 from clt_plugin.hub import Folder
+from support.hub_server import HubServer, use
 from support.layouts import crosslayer_coding as layout
 
 
@@ -131,15 +132,12 @@ def test_several_checkpoints(tmp_path):
         cp.load(tmp_path)
 
 
-def test_statistics_above_a_folder_of_the_hub(tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    snapshot = tmp_path / "models--owner--clts" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    layout.write(snapshot, stats_above=True, normalization_method="mean_std")
-    here, there = cp.load(snapshot / "tied"), cp.load(f"hf://owner/clts/tied@{'0' * 40}")
+def test_statistics_above_a_folder_of_the_hub(tmp_path):
+    (tmp_path / "x").mkdir()
+    layout.write(tmp_path / "x", stats_above=True, normalization_method="mean_std")
+    with HubServer() as hub, use(hub, tmp_path / "machine"):
+        hub.add("owner/clts", tmp_path / "x")
+        here, there = cp.load(tmp_path / "x" / "tied"), cp.load("hf://owner/clts/tied")
     assert torch.equal(here.decoder_vectors(0), there.decoder_vectors(0))
     assert torch.equal(here.b_dec[2], there.b_dec[2])
 

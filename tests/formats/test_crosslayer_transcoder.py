@@ -46,7 +46,7 @@ def test_another_class(folder, part, name, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda model, args: args["nonlinearity"]["init_args"].update(k=2.5), "k is 2.5, where a whole number"),
+        (lambda model, args: args["nonlinearity"]["init_args"].update(k=2.5), "gives no k .found 2.5.: a whole number"),
         (lambda model, args: args["encoder"]["init_args"].update(d_features=8), "says d_features 8, but .* have 7"),
         (lambda model, args: args.pop("encoder"), "names no encoder, decoder and nonlinearity"),
         (lambda model, args: model.update(is_folded=True), "says is_folded, yet names an input_standardizer"),

@@ -3,13 +3,18 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import clt_plugin as cp
 from clt_plugin.formats import _files
+from support.hub_server import HubServer, use
+from support.layouts import gemma_scope_1
 
 FORMATS = ["native", "circuit-tracer"]
 SHARDS = {"native": "group_1.safetensors", "circuit-tracer": "W_enc_1.safetensors"}
@@ -171,6 +176,100 @@ def test_no_folder_and_no_format(tmp_path):
     refused(tmp_path, "no known format", "notes.txt")
 
 
+# ---------------------------------------------------------------- from the Hub
+
+
+@pytest.fixture(scope="module")
+def server():
+    with HubServer() as hub:
+        yield hub
+
+
+@pytest.fixture
+def hub(server, tmp_path):
+    with use(server, tmp_path / "machine"):
+        yield server
+
+
+def refused_from_the_hub(hub, folder, *words):
+    repo = f"owner/damaged-{len(hub.repositories)}"
+    hub.add(repo, folder)
+    refused(f"hf://{repo}", *words)
+
+
+def with_header(path, change):
+    """Rewrite a safetensors file's header, so that the file keeps its size."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header, next(key for key in header if key.startswith("W_enc")))
+    text = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+def move(header, key, begin, end):
+    offsets = header[key]["data_offsets"]
+    header[key]["data_offsets"] = [offsets[0] + begin, offsets[1] + end]
+
+
+HEADERS = {
+    "no shape": (lambda h, k: h[k].pop("shape"), "lacks a dtype, shape or offsets"),
+    "no dtype": (lambda h, k: h[k].pop("dtype"), "lacks a dtype, shape or offsets"),
+    "no offsets": (lambda h, k: h[k].pop("data_offsets"), "lacks a dtype, shape or offsets"),
+    "not a mapping": (lambda h, k: h.update({k: 1}), "lacks a dtype, shape or offsets"),
+    "too wide": (lambda h, k: h[k].update(shape=[6, 5]), "where (6, 5) of F32 was expected"),
+    "below 0": (lambda h, k: h[k].update(shape=[-6, -4]), "of shape (-6, -4)"),
+    "a gap": (lambda h, k: [move(h, name, 4, 4) for name in h if name != "__metadata__"], "after byte 0"),
+    "an overlap": (lambda h, k: [move(h, name, -4, -4) for name in [*h][1:]], "is said to lie at"),
+    "numbers": (lambda h, k: h[k].update(shape=[6.0, 4]), "of shape (6.0, 4)"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_that_contradict_themselves(hub, saved, shard, name):
+    """By ranges of bytes as from a whole copy: no tensor is read from where another one lies."""
+    change, words = HEADERS[name]
+    with_header(shard, change)
+    refused_from_the_hub(hub, saved, shard.name, "truncated or damaged on the Hub", words)
+    refused(saved, shard.name)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff\xff", (2**62).to_bytes(8, "little"), b"x" * 100])
+def test_what_is_no_safetensors(hub, saved, shard, content):
+    shard.write_bytes(content if len(content) >= 8 else len(content).to_bytes(8, "little") + content)
+    refused_from_the_hub(hub, saved, shard.name, "truncated or damaged on the Hub")
+    refused(saved, shard.name)
+
+
+@pytest.mark.parametrize("keep", [0.97, 0.5, 0.01])
+def test_truncated_on_the_hub(hub, saved, shard, keep):
+    content = shard.read_bytes()
+    shard.write_bytes(content[: int(len(content) * keep)])
+    refused_from_the_hub(hub, saved, shard.name, "truncated or damaged on the Hub")
+
+
+def big_endian(path):
+    np.savez(path, **{key: value.astype(value.dtype.newbyteorder(">")) for key, value in np.load(path).items()})
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "truncated or damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[30:]), "truncated or damaged"),
+        (lambda path: path.write_bytes(b"garbage" * 100), "truncated or damaged"),
+        (big_endian, "weights are floats"),
+    ],
+)
+def test_npz_on_the_hub(hub, tmp_path, damage, words):
+    folder = tmp_path / "layer_5" / "width_16k" / "average_l0_87"
+    gemma_scope_1.write(folder)
+    damage(folder / "params.npz")
+    name = "layer_5/width_16k/average_l0_87"
+    hub.add("google/gemma-scope-2b-pt-transcoders", {f"{name}/params.npz": folder / "params.npz"})
+    refused(f"hf://google/gemma-scope-2b-pt-transcoders/{name}", "params.npz", words)
+
+
 # ---------------------------------------------------------------- writing
 
 
@@ -234,6 +333,72 @@ def test_nothing_is_overwritten_unasked(tmp_path):
     assert cp.load(tmp_path / "empty").n_layers == 2
 
 
+@pytest.mark.parametrize(
+    ("crosscoder", "held"),
+    [(False, "thesis.tex"), (False, "config.json"), (False, "a/b.txt"), (True, "a/b.txt"), (True, ".git/HEAD")],
+)
+def test_only_crosscoders_are_overwritten(tmp_path, held, crosscoder):
+    clt, folder = cp.Crosscoder(cp.Wiring.clt(2), 4, 6), tmp_path / "x"
+    if crosscoder:
+        clt.save(folder)
+    (folder / held).parent.mkdir(parents=True, exist_ok=True)
+    (folder / held).write_text("{}")
+    with pytest.raises(FileExistsError, match=r"overwrite=True does not replace"):
+        clt.save(folder, overwrite=True)
+    assert (folder / held).read_text() == "{}"
+
+
+def test_onto_a_link(tmp_path):
+    clt = cp.Crosscoder(cp.Wiring.clt(2), 4, 6)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "clt", target_is_directory=True)
+    for n_layers in (2, 3):
+        clt = cp.Crosscoder(cp.Wiring.clt(n_layers), 4, 6)
+        clt.save(tmp_path / "link", overwrite=True)
+        assert (tmp_path / "link").is_symlink()
+        assert cp.load(tmp_path / "disk" / "clt").n_layers == cp.load(tmp_path / "link").n_layers == n_layers
+    assert sorted(os.listdir(tmp_path)) == ["disk", "link"]
+    assert os.listdir(tmp_path / "disk") == ["clt"]
+
+
+KILLED = """
+import os, sys
+import clt_plugin as cp
+from clt_plugin.formats import _files
+
+def die(*_):
+    os.kill(os.getpid(), 9)
+
+if sys.argv[2] == "writing":
+    _files._write = die
+else:  # between the two renames
+    rename = _files.Path.rename
+    _files.Path.rename = lambda self, to: die() if self.suffix == ".partial" else rename(self, to)
+cp.Crosscoder(cp.Wiring.clt(3), 4, 6).save(sys.argv[1], overwrite=True)
+"""
+
+
+@pytest.mark.parametrize("when", ["writing", "swapping"])
+def test_after_a_run_that_was_killed(tmp_path, when):
+    """What it left goes with the next save to the same folder; a folder it had moved away comes back."""
+    clt, folder = cp.Crosscoder(cp.Wiring.clt(2), 4, 6), tmp_path / "x"
+    clt.save(folder)
+    clt.save(tmp_path / "y")
+    done = subprocess.run([sys.executable, "-c", KILLED, str(folder), when], capture_output=True, text=True)
+    assert done.returncode == -9, done.stderr
+    assert folder.exists() == (when == "writing")
+    left = {name for name in os.listdir(tmp_path) if name.startswith(".x.")}
+    assert {name.rpartition(".")[2] for name in left} == ({"partial"} if when == "writing" else {"partial", "old"})
+    living = f"{_files._beside(folder)}{os.getppid()}.abc.partial"
+    (tmp_path / living).mkdir()
+    clt.save(tmp_path / "y", overwrite=True)
+    assert left < {*os.listdir(tmp_path)}  # of another folder
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        clt.save(folder)
+    assert cp.load(folder).n_layers == 2
+    assert sorted(os.listdir(tmp_path)) == [living, "x", "y"]
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     clt = cp.Crosscoder(cp.Wiring.clt(2), 4, 6)
     clt.W_dec[1].data[0, 0] = float("nan")
@@ -249,6 +414,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         (lambda: cp.Crosscoder(cp.Wiring.clt(2).with_skips(), 4, 6), "affine skips"),
         (lambda: cp.Crosscoder(cp.Wiring.clt(2), 4, 6, "topk", k=2), "TopK"),
         (lambda: cp.Crosscoder(cp.Wiring.acausal([0, 1]), 4, 6), "resid_post"),
+        (lambda: cp.Crosscoder(cp.Wiring.clt(2), 4, (6, 7)), r"different numbers of latents, \[6, 7\]"),
         (lambda: cp.Crosscoder(cp.Wiring.clt(2), 4, 6, host=cp.Host(n_layers=9)), "2 layers of a model of 9"),
         (lambda: cp.Crosscoder(cp.Wiring.clt(2), 4, 6).select(features={0: [1]}), "selection"),
     ],

@@ -153,12 +153,12 @@ def test_no_files(clt):
 def test_a_skip_in_some_layers(clt):
     say(clt, affine_connection=None)
     change(clt / "params_layer_1.safetensors", affine_skip_connection=None)
-    refused(clt, "params_layer_1.safetensors lacks affine_skip_connection, but the other files do")
+    refused(clt, "have affine_skip_connection, but params_layer_1.safetensors has none")
 
 
 def test_a_transcoder_without_the_skip_it_speaks_of(transcoder):
     change(transcoder / "params.safetensors", affine_skip_connection=None)
-    refused(transcoder, "params.safetensors lacks affine_skip_connection", "says affine_connection True")
+    refused(transcoder, "says affine_connection True, but params.safetensors lacks affine_skip_connection")
 
 
 def test_no_threshold(clt):

@@ -23,7 +23,7 @@ def test_a_layer_that_is_missing(folder, name):
 def test_a_skip_at_some_layers_only(folder):
     path = folder / "decoder_layer_1.safetensors"
     save_file({key: value for key, value in load_file(path).items() if key != "W_skip"}, path)
-    with pytest.raises(cp.FormatError, match=r"decoder_layer_1.safetensors have no W_skip"):
+    with pytest.raises(cp.FormatError, match=r"have a W_skip, but decoder_layer_1.safetensors has none"):
         cp.load(folder)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import clt_plugin as cp
@@ -28,9 +29,10 @@ def test_what_it_says(folder):
     assert rows["model"] == "m/n"
     assert rows["layers"] == "0 to 2 (3)"
     assert rows["latents"] == "2,048 a group, 6,144 in 3 groups"
+    assert rows["d_model"] == "4"
     assert rows["activation"] == "JumpReLU(bandwidth=0.001)"
     assert (rows["reads"], rows["writes"], rows["dtype"]) == ("resid_mid", "mlp_out", "float32")
-    assert rows["left out"] == "the first 1 positions"
+    assert rows["left out"] == "the first position"
     assert found.size == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     assert rows["size"] == "337.2 KiB"
     assert "group 1   .   rw  w" in str(found)
@@ -52,8 +54,6 @@ def test_everything_that_is_wrong(folder):
 
 
 def test_several_problems_at_once(folder):
-    from safetensors.torch import load_file, save_file
-
     for layer in (0, 2):
         path = folder / f"W_enc_{layer}.safetensors"
         tensors = load_file(path)
@@ -62,6 +62,25 @@ def test_several_problems_at_once(folder):
     assert len(problems) == 2
     assert "W_enc_0" in problems[0]
     assert "W_enc_2" in problems[1]
+
+
+def test_one_of_each_is_not_called_several(tmp_path):
+    clt = cp.Crosscoder(cp.Wiring.plt(1), 3, 5)
+    clt.save(tmp_path / "one")
+    rows = cp.inspect(tmp_path / "one").rows()
+    assert rows["latents"] == "5 a group, 5 in 1 group"
+    assert rows["left out"] == "nothing"
+
+
+def test_dtypes_that_cannot_be_loaded_as_they_are(folder):
+    path = folder / "W_enc_1.safetensors"
+    save_file({key: tensor.bfloat16() for key, tensor in load_file(path).items()}, path)
+    found = cp.inspect(folder)
+    (problem,) = found.problems
+    assert "mixes the dtypes torch.bfloat16, torch.float32" in problem
+    assert not found.is_complete
+    with pytest.raises(cp.FormatError, match="mixes the dtypes"):
+        cp.load(folder)
 
 
 def test_on_the_hub_no_weights_are_fetched(folder, tmp_path):
@@ -98,6 +117,7 @@ def test_commands(folder, tmp_path):
 
 
 def test_commands_that_fail_say_so_in_a_line(folder, tmp_path):
+    cp.load(folder).save(tmp_path / "again")
     (folder / "W_dec_1.safetensors").unlink()
     broken = run("inspect", folder)
     assert broken.exit_code == 1
@@ -108,4 +128,8 @@ def test_commands_that_fail_say_so_in_a_line(folder, tmp_path):
     assert "Traceback" not in failed.output
     assert not (tmp_path / "native").exists()
     assert run("inspect", tmp_path / "nowhere").exit_code == 2
+    (tmp_path / "file").write_text("")
+    in_the_way = run("convert", tmp_path / "again", tmp_path / "file" / "x")
+    assert in_the_way.exit_code == 2, in_the_way.output
+    assert "Traceback" not in in_the_way.output
     assert run("convert", folder, tmp_path / "x", "--dtype", "float8").exit_code == 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import clt_plugin as cp
+from clt_plugin.hub import Folder
 from support.hub_server import HubServer, use
 from support.layouts import gemma_scope_1, gemma_scope_2, transcoder_bundle
 from support.layouts import listing as made
@@ -141,6 +142,92 @@ def test_what_is_not_on_the_hub(hub, tmp_path):
     hub.add("o/lost", {"config.yaml": listing(GS1, "hf://google/nothing/layer_0.safetensors")})
     with pytest.raises(cp.HubError, match="google/nothing"):
         cp.load("hf://o/lost")
+
+
+def test_a_branch_that_moves_in_between(hub, tmp_path, monkeypatch):
+    """Named twice in two ways, it is asked for once: two commits do not mix."""
+    versions = []
+    for version in ("old", "new"):
+        (tmp_path / version).mkdir()
+        versions.append(transcoder_bundle.write(tmp_path / version, "relu", skip=False))
+    hub.add("o/bundle", files(tmp_path / "old"))
+    entries = ["hf://o/bundle/layer_0.safetensors", "hf://o/bundle/layer_1.safetensors@main"]
+    entries.append("hf://o/bundle/layer_2.safetensors?revision=main")
+    hub.add("o/listing", {"config.yaml": listing(PLT, *entries)})
+    opened = Folder.elsewhere
+
+    def and_then_it_moves(folder, reference):
+        found = opened(folder, reference)
+        hub.add("o/bundle", files(tmp_path / "new"))
+        return found
+
+    monkeypatch.setattr(Folder, "elsewhere", and_then_it_moves)
+    clt = cp.load("hf://o/listing")
+    reconstructs(clt, versions[0])
+    monkeypatch.undo()
+
+
+def test_its_source_loads_the_same_again(hub, tmp_path):
+    """Whatever the branches are at by then, that of the listing and those that it names."""
+    (tmp_path / "old").mkdir()
+    oracle = transcoder_bundle.write(tmp_path / "old", "relu", skip=False)
+    theirs = hub.add("o/bundle", files(tmp_path / "old"))
+    entries = [f"hf://o/bundle/{name}" for name in LAYERS[:2]] + ["hf://o/bundle/layer_2.safetensors?revision=main"]
+    ours = hub.add("o/listing", {"sub/config.yaml": listing(PLT, *entries)})
+    clt = cp.load("hf://o/listing/sub")
+    source = clt.metadata["source"]
+    assert source == [f"hf://o/listing/sub@{ours}", f"hf://o/bundle@{theirs}"]
+    (tmp_path / "new").mkdir()
+    transcoder_bundle.write(tmp_path / "new", "relu", skip=False)
+    hub.add("o/bundle", files(tmp_path / "new"))
+    hub.add("o/listing", {"sub/config.yaml": b""})
+    again = cp.load(source)
+    reconstructs(again, oracle)
+    assert again.metadata["source"] == source
+
+
+def test_a_listing_here_of_a_gated_repository(hub, tmp_path):
+    """Token and revisions hold for what a local listing names, too."""
+    for version in ("old", "new"):
+        (tmp_path / version).mkdir()
+    oracle = transcoder_bundle.write(tmp_path / "old", "relu", skip=False)
+    commit = hub.add("o/bundle", files(tmp_path / "old"))
+    transcoder_bundle.write(tmp_path / "new", "relu", skip=False)
+    hub.add("o/bundle", files(tmp_path / "new"))
+    hub.make_private("o/bundle", "hf_secret")
+    (tmp_path / "listing").mkdir()
+    (tmp_path / "listing" / "config.yaml").write_bytes(listing(PLT, *(f"hf://o/bundle/{name}" for name in LAYERS)))
+    with pytest.raises(cp.HubError, match="private"):
+        cp.load(tmp_path / "listing")
+    clt = cp.load(tmp_path / "listing", token="hf_secret", revisions={"o/bundle": commit})
+    reconstructs(clt, oracle)
+    assert clt.metadata["source"] == [str(tmp_path / "listing"), f"hf://o/bundle@{commit}"]
+    reconstructs(cp.load(clt.metadata["source"], token="hf_secret"), oracle)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ("../../../secret/layer_0.safetensors", "on no one else's machine"),
+        ("hf://o/x/../../../secret/layer_0.safetensors", "is no folder inside it"),
+        ("hf://o/x/layer_0.safetensors?revision=../../v1", "is not a revision"),
+        ("hf://../x/layer_0.safetensors", "is not a repository"),
+    ],
+)
+def test_a_listing_of_the_hub_reads_nothing_here(hub, tmp_path, entry, words):
+    """From its snapshot's place in the cache, .. would lead to files of this machine."""
+    (tmp_path / "cache" / "hub" / "secret").mkdir(parents=True)
+    transcoder_bundle.write(tmp_path / "cache" / "hub" / "secret", "relu", skip=False)
+    hub.add("o/x", {"config.yaml": listing(PLT, entry), "b/a.txt": b""})
+    with pytest.raises(cp.FormatError, match=words):
+        cp.load("hf://o/x")
+
+
+@pytest.mark.parametrize("path", ["../secret.safetensors", "/etc/passwd", "a/../../b"])
+def test_a_repository_that_lists_what_is_elsewhere(hub, path):
+    hub.add("o/x", {"config.yaml": b"", path: b"x"})
+    with pytest.raises(cp.HubError, match="which is no file inside a repository"):
+        cp.load("hf://o/x")
 
 
 # ---------------------------------------------------------------- here

@@ -73,8 +73,8 @@ def test_sites_that_are_not_stored_apart(tmp_path):
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        ({"d_in": None}, "must give d_in"),
-        ({"dict_size": "many"}, "must give dict_size"),
+        ({"d_in": None}, "gives no d_in"),
+        ({"dict_size": "many"}, "gives no dict_size"),
         ({"dict_size": 8}, r"W_enc has shape \(2, 4, 7\), where \(2, 4, 8\) was expected"),
         ({"hook_point": "blocks.14.attn.hook_z"}, "attn.hook_z"),
         ({"hook_point": None}, "not a place in a block"),

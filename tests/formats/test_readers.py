@@ -116,7 +116,8 @@ def test_from_the_hub(layout, tmp_path, hub):
     with use(hub, tmp_path / "machine"):
         clt = cp.load(on_hub, lazy=True)
         assert_reconstructs(clt, oracle, layout.tolerance)
-        assert clt.metadata["source"][0].startswith(f"hf://{name}@")
+        assert clt.metadata["source"][0].startswith(f"{on_hub}@")
+        assert_reconstructs(cp.load(clt.metadata["source"], lazy=True), oracle, layout.tolerance)
     whole, home = cp.load(reference), clt.wiring.home[-1]
     competing = whole.activation.ranks and not whole.has_measured_threshold
     choice = {} if competing else {"features": {home: [2, 0]}}

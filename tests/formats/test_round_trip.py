@@ -32,9 +32,11 @@ ACTIVATIONS = {
 HOST = cp.Host("owner/model", "0123abc", n_layers=9, exclude_first=1)
 
 
-def make(wiring: cp.Wiring, activation: str = "jumprelu", dtype: torch.dtype = torch.float32, **more) -> cp.Crosscoder:
+def make(
+    wiring: cp.Wiring, activation: str = "jumprelu", dtype: torch.dtype = torch.float32, ragged: bool = True, **more
+) -> cp.Crosscoder:
     settings = ACTIVATIONS[activation]
-    sizes = [5 + g for g in range(wiring.n_groups)]  # ragged on purpose
+    sizes = [5 + g * ragged for g in range(wiring.n_groups)]
     widths = {"model": 4, "base": 4, "chat": 6}
     crosscoder = cp.Crosscoder(wiring, widths, sizes, activation, host=HOST, dtype=dtype, **settings, **more)
     for parameter in crosscoder.parameters():
@@ -67,7 +69,7 @@ def test_native_round_trip(tmp_path, wiring, activation, lazy):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("format", ["native", "circuit-tracer"])
 def test_dtypes_are_kept_or_converted(tmp_path, format, dtype):
-    crosscoder = make(cp.Wiring.clt(3, read="resid_mid"), dtype=dtype)
+    crosscoder = make(cp.Wiring.clt(3, read="resid_mid"), dtype=dtype, ragged=False)
     crosscoder.host = dataclasses.replace(HOST, n_layers=3)
     crosscoder.save(tmp_path / "x", format=format)
     assert_same(crosscoder, cp.load(tmp_path / "x"))
@@ -98,7 +100,7 @@ def test_a_selection_stays_one(tmp_path):
 @pytest.mark.parametrize("read", ["resid_pre", "resid_mid", "mlp_in_before_gain", "mlp_in"])
 @pytest.mark.parametrize("write", ["mlp_out", "mlp_out_before_norm"])
 def test_circuit_tracer_round_trip(tmp_path, read, write, activation, lazy):
-    crosscoder = make(cp.Wiring.clt(3, read=read, write=write), activation)
+    crosscoder = make(cp.Wiring.clt(3, read=read, write=write), activation, ragged=False)
     crosscoder.host = dataclasses.replace(HOST, n_layers=3, exclude_first=0)
     crosscoder.save(tmp_path / "x", format="circuit-tracer")
     loaded = cp.load(tmp_path / "x", lazy=lazy)

@@ -49,7 +49,7 @@ SAID = {
     "unknown": ("activation: gelu", "activation 'gelu'; known are relu, jumprelu and topk"),
     "no k": ("activation: topk", "activation topk, but no k is given"),
     "no activation": ("k: 3", "gives k 3 and no activation"),
-    "no number": ("activation: topk\nk: many", "says k 'many'"),
+    "no number": ("activation: topk\nk: many", "gives no k (found 'many')"),
     "jumprelu": ("activation: jumprelu", "is said to have activation jumprelu, but holds no threshold"),
 }
 

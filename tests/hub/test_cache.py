@@ -1,9 +1,11 @@
 """References, and loading from a cache in the Hub's own layout, offline."""
 
+from pathlib import Path
+
 import pytest
 
 import clt_plugin as cp
-from clt_plugin.hub import Reference
+from clt_plugin.hub import Folder, Reference
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -16,6 +18,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ("hf://o/n@refs/pr/3", ("o/n", None, "refs/pr/3")),
         (f"hf://o/n/a/b_c.d@{COMMIT}", ("o/n", "a/b_c.d", COMMIT)),
         ("hf://o/n/folder/", ("o/n", "folder", None)),
+        ("hf://o/n//", ("o/n", None, None)),
+        ("hf://o/n/a//@v1", ("o/n", "a", "v1")),
     ],
 )
 def test_references(text, expected):
@@ -26,6 +30,27 @@ def test_references(text, expected):
 def test_what_is_no_reference(text):
     with pytest.raises(ValueError, match="hf://owner/name"):
         Reference.parse(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["hf://o/n/../x", "hf://o/n/a/../../b", "hf://../n", "hf://o/..", "hf://o/n//a", "hf://o/n/a//b", "hf://o/n@../v1"],
+)
+def test_references_that_lead_elsewhere(text):
+    with pytest.raises(ValueError, match=r"without \.\."):
+        Reference.parse(text)
+
+
+@pytest.mark.parametrize("name", ["..", "../b", "/etc", "a//b", "", "a/.."])
+def test_folders_hold_what_is_in_them(tmp_path, name):
+    with pytest.raises(cp.FormatError, match="is no folder inside it"):
+        Folder(tmp_path) / name
+
+
+def test_labels(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    monkeypatch.chdir(tmp_path / "a")
+    assert [Folder(Path(name)).label for name in (".", "..", "../a")] == ["a", tmp_path.name, "a"]
 
 
 @pytest.fixture

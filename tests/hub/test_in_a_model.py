@@ -7,11 +7,11 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.hub_server import HubServer, use
-from support.models import D_MODEL, N_LAYERS, bridge_model, make_model, nnsight_model
 from torch.testing import assert_close
 
 import clt_plugin  # noqa: F401 - gives models their add_clt
+from support.hub_server import HubServer, use
+from support.models import D_MODEL, N_LAYERS, bridge_model, make_model, nnsight_model
 
 F = 24
 IDS = torch.tensor([[0, 5, 17, 33, 60, 2]])

@@ -9,13 +9,14 @@ It answers what huggingface_hub asks when it downloads, lists, reads ranges, and
         assert hub.sent("owner/name", "a/b.safetensors") == 1000 + rest
 
 As on the Hub, the files and sizes of a gated repository are public and only their contents are not; of a private one
-nothing is. Unlike the Hub, large files come from the same host, where the Hub redirects to another; lists come in
-one page; and what the Hub compresses (small text files) is sent as it is.
+nothing is. Unlike the Hub, lists come in one page; and unless asked for with `redirects` and `compresses`, large files
+come from the same host, where the Hub redirects to another, and what it compresses (small text files) is sent as it is.
 """
 
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
@@ -33,7 +34,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
 
 import pytest
 
@@ -142,6 +143,7 @@ class Request:
     file: str | None = None
     range: str | None = None
     token: str | None = None
+    host: str | None = None
     status: int | None = None
     sent: int = 0
 
@@ -171,6 +173,8 @@ class HubServer:
     """The server and what it holds. Closing it raises what went wrong inside it."""
 
     writer = "hf_writer"  # the token that may create, write and read everything
+    redirects = False  # whether large files come from another host, as on the Hub
+    compresses = False  # whether small files are sent compressed, and whole, to whom accepts that, as on the Hub
 
     def __init__(self) -> None:
         self.repositories: dict[str, Repository] = {}
@@ -180,20 +184,24 @@ class HubServer:
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self.closing = threading.Event()
-        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        handler = type("Handler", (_Handler,), {"hub": self})
+        self._servers = [_Server(("127.0.0.1", 0), handler) for _ in range(2)]
+        self.url, self.other_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
         # The default interval would make each test wait half a second for the end.
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
+        starts = (server.serve_forever for server in self._servers)
+        self._threads = [threading.Thread(target=start, args=(0.01,), daemon=True) for start in starts]
 
     def __enter__(self) -> HubServer:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.closing.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        for server, thread in zip(self._servers, self._threads, strict=True):
+            server.shutdown()
+            thread.join()
+            server.server_close()
         if self.errors and kind is None:
             raise self.errors[0]
 
@@ -353,7 +361,8 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ") or None
-        self.request_ = Request(self.command, unquote(url.path), range=self.headers["Range"], token=token)
+        said = {"range": self.headers["Range"], "token": token, "host": self.headers["Host"]}
+        self.request_ = Request(self.command, unquote(url.path), **said)
         try:
             handle, values = self._route(url.path)
             self.request_.repo, self.request_.file = values.get("repo"), values.get("file")
@@ -436,6 +445,33 @@ class _Handler(BaseHTTPRequestHandler):
         if file not in commit.files:
             raise RefusalError(404, "Entry not found", "EntryNotFound", {"X-Repo-Commit": commit.sha})
         blob = commit.files[file]
+        if blob.lfs and self.hub.redirects:
+            about = {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(blob.size), "X-Repo-Commit": commit.sha}
+            location = f"{self.hub.other_url}/{repo}/signed/{commit.sha}/{quote(file)}"
+            self._answer({}, 302, {"Location": location, "ETag": f'"{blob.etag}"', **about})
+        elif not blob.lfs and self.hub.compresses and "gzip" in (self.headers["Accept-Encoding"] or ""):
+            self._compressed(commit, blob)
+        else:
+            self._contents(commit, blob)
+
+    def signed(self, repo: str, revision: str, file: str) -> None:
+        """Send a file from the other host, which knows addresses and no tokens."""
+        commit = self.hub.repositories[repo].commits[revision]
+        self._contents(commit, commit.files[file])
+
+    def _compressed(self, commit: Commit, blob: Blob) -> None:
+        body = gzip.compress(b"".join(blob.blocks()))
+        self.request_.status = 200
+        self.send_response(200)
+        for name, value in (("ETag", f'"{blob.etag}"'), ("X-Repo-Commit", commit.sha), ("Content-Encoding", "gzip")):
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.request_.sent += blob.size
+            self.wfile.write(body)
+
+    def _contents(self, commit: Commit, blob: Blob) -> None:
         start, stop = 0, blob.size
         if asked := re.fullmatch(r"bytes=(\d*)-(\d*)", self.request_.range or ""):
             first, last = asked.groups()
@@ -565,7 +601,10 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer({"error": message, "url": url}, 409, {"X-Error-Message": message})
                 return
             hidden = asked.get("visibility") == "private" or asked.get("private")
-            self.hub.repositories[name] = Repository(name, access="private" if hidden else "public")
+            repository = Repository(name, access="private" if hidden else "public")
+            # As on the Hub, where it adds .gitattributes.
+            repository.branches["main"] = repository.commit(None, "initial commit", {}).sha
+            self.hub.repositories[name] = repository
         self._answer({"url": url, "name": name, "id": git_oid("repo", name.encode())[:24]})
 
     def validate(self) -> None:
@@ -696,6 +735,7 @@ _REVISION = r"(?P<revision>[^/]+)"
 # Matched before they are unquoted: a slash in a revision comes quoted, and so it does in a tree's folder.
 ROUTES = [
     (rf"/{_REPO}/resolve/{_REVISION}/(?P<file>.+)", "GET", _Handler.resolve),
+    (rf"/{_REPO}/signed/{_REVISION}/(?P<file>.+)", "GET", _Handler.signed),
     (_MODEL, "GET", _Handler.info),
     (rf"{_MODEL}/revision/{_REVISION}", "GET", _Handler.info),
     (rf"{_MODEL}/tree/{_REVISION}(?:/(?P<folder>.+))?", "GET", _Handler.tree),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clt_plugin.core.errors import FormatError
+from clt_plugin.core.errors import FormatError, HubError
 
 Header = dict[str, tuple[tuple[int, ...], torch.dtype | str]]
 """For each tensor of a file its shape and dtype; a dtype that torch lacks, or that weights never have, by its name."""
@@ -58,24 +58,32 @@ class File:
         """Its size in bytes, or None where that is not known."""
         return os.path.getsize(self.path) if os.path.isfile(self.path) else None
 
+    def stamp(self) -> tuple[int, int, int] | None:
+        """Return what changes when the file does: size, time and inode; None where there is no file."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_size, found.st_mtime_ns, found.st_ino
+
     def header(self) -> Header:
         """Return {key: (shape, dtype)}; a missing, empty or damaged file is refused."""
         if not os.path.isfile(self.path):
             raise FormatError(f"{self} is missing: fetch or save the folder again")
         if os.path.getsize(self.path) == 0:
             raise FormatError(f"{self} is empty: {AGAIN}")
-        with _said(f"{self} ({os.path.getsize(self.path):,} bytes) is truncated or damaged", AGAIN):
+        with said(f"{self} ({os.path.getsize(self.path):,} bytes) is truncated or damaged", AGAIN):
             return _header(self.path)
 
     def tensor(self, key: str) -> Tensor:
         """Return a tensor whose values are read from the file as they are used: never write into it."""
-        with _said(f"{self}: cannot read {key}", AGAIN):
+        with said(f"{self}: cannot read {key}", AGAIN):
             return _mapped(self.path, key)
 
     def read(self, key: str, at: tuple[int, ...] = (), rows: Tensor | slice | None = None) -> Tensor:
         """Return (part of) a tensor: ``tensor[at][rows]``; what is not taken is not read."""
         tensor = self.tensor(key)
-        with _said(f"{self}: cannot read {key}", AGAIN):
+        with said(f"{self}: cannot read {key}", AGAIN):
             for index in at:
                 tensor = tensor[index]
             if isinstance(rows, Tensor):
@@ -106,7 +114,7 @@ class File:
                 os.posix_fadvise(file.fileno(), start + row * step, length, os.POSIX_FADV_WILLNEED)
 
 
-class _said:
+class said:
     """Turns whatever a library says of a damaged file into one error that names it."""
 
     # Not by contextlib's decorator: a decorated function travels to a remote model without its globals.
@@ -119,7 +127,7 @@ class _said:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         # Readers of damaged files raise what they like: OSError, ValueError, RuntimeError, SafetensorError, ...
-        if isinstance(error, Exception) and not isinstance(error, FormatError | MemoryError):
+        if isinstance(error, Exception) and not isinstance(error, FormatError | HubError | MemoryError):
             raise FormatError(f"{self.what} ({error}): {self.then}") from error
 
 
@@ -210,7 +218,7 @@ def read_npz(file: Any) -> dict[str, NpzEntry]:
             torch_dtype: torch.dtype | str
             try:
                 torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
-            except TypeError:
+            except (TypeError, ValueError):  # of another kind, or another byte order
                 torch_dtype = str(dtype)
             stored = info.compress_type == zipfile.ZIP_STORED
             offset = _data_offset(archive, info) + start if stored else None

@@ -8,7 +8,7 @@ coordinates of the site read, and its "group" is the number of the skip.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -83,27 +83,42 @@ class Piece:
 class LazyStore:
     """Weights sliced from files each time they are asked for.
 
-    Files are opened for each read and closed again, so nothing stays mapped in memory between two.
+    Files are opened for each read and closed again, so nothing stays mapped in memory between two. A file that has
+    changed in between is refused: the biases that were read at first would not go with it.
+
+    A crosscoder whose weights are here reads them all when it is copied (``copy.deepcopy``) or pickled: the copy has
+    them in memory.
 
     Attributes:
         pieces: For each (kind, group), the pieces whose columns, side by side, make the weights.
         dtype: What to convert to; None keeps the file's.
         device: Where to put what is read.
         latents: For each group, which of the stored latents it keeps (a selection); absent for all.
+        stamps: {path: `File.stamp`} of the files when the store was opened; taken now where they are not given.
     """
 
     pieces: Mapping[tuple[str, int], tuple[Piece, ...]]
     dtype: torch.dtype | None = None
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - a device is immutable
     latents: Mapping[int, Tensor] = field(default_factory=dict)
+    stamps: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
 
     lazy = True
+
+    def __post_init__(self) -> None:
+        if self.stamps is None:
+            files = {file.path: file for pieces in self.pieces.values() for file in _files(pieces)}
+            stamps = {path: file.stamp() for path, file in files.items() if file.is_here}
+            object.__setattr__(self, "stamps", stamps)
 
     def get(self, kind: str, group: int, rows: Tensor | slice | None = None) -> Tensor:
         """Read weights, latents first: the rows asked for and no others."""
         if kind != "W_skip" and group in self.latents:
             kept = self.latents[group]
             rows = kept if rows is None else kept[rows.cpu() if isinstance(rows, Tensor) else rows]
+        for file in _files(self.pieces[kind, group]):
+            if self.stamps and file.path in self.stamps and file.stamp() != self.stamps[file.path]:
+                raise FormatError(f"{file} changed since it was opened: load it again")
         parts = [read_piece(piece, rows) for piece in self.pieces[kind, group]]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return weight.to(device=self.device, dtype=self.dtype)
@@ -111,6 +126,11 @@ class LazyStore:
     def moved(self, dtype: torch.dtype | None, device: torch.device) -> LazyStore:
         """Return the same store, reading into another dtype and device."""
         return replace(self, dtype=dtype, device=device)
+
+
+def _files(pieces: Sequence[Piece]) -> list[File]:
+    """Return the files that pieces lie in, those behind views of them."""
+    return list(dict.fromkeys(part for file in dict.fromkeys(piece.file for piece in pieces) for part in file.parts))
 
 
 ABOUT_ZERO = 1e-4

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clt_plugin.core import Activation, Crosscoder, File, FormatError, Host, Layout, LazyStore, Piece, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.core.store import ABOUT_ZERO, is_finite, read_piece
-from clt_plugin.hub import RemoteFile, fetch, read_headers
+from clt_plugin.hub import fetch, read_headers
 
 LAZY_SHARE = 0.4
 """With ``lazy="auto"``, weights larger than this share of the free memory stay on disk."""
@@ -214,9 +214,7 @@ def build(
         device=device,
         store=LazyStore(description.weights, dtype, device, latents),
     )
-    parts = (part for file in description.files for part in file.parts)
-    sources = list(dict.fromkeys(part.source for part in parts if isinstance(part, RemoteFile)))
-    crosscoder.metadata = dict(description.metadata) | ({"source": sources} if sources else {})
+    crosscoder.metadata = dict(description.metadata)
     crosscoder.is_partial = description.is_partial or bool(latents)
     if any(name == "stored_norms" for name, _ in description.vectors):
         empty = (torch.zeros(n, dtype=dtype, device=device) for n in n_latents)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import torch
 from torch import Tensor
 
-from clt_plugin.core import Crosscoder, FormatError
+from clt_plugin.core import FORMATS, Crosscoder, FormatError
 from clt_plugin.core.files import DTYPES
 from clt_plugin.core.store import is_finite
+from clt_plugin.hub import Folder
 
 CHUNK_BYTES = 64 * 2**20
 """How much of a tensor is in memory at a time while it is written."""
@@ -123,19 +128,18 @@ def _write(file: IO[bytes], key: str, rows: Rows) -> None:
 def whole_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
     """Give a folder to write into that takes the place of ``folder`` once everything is written.
 
-    What was there stays as it was until then, and if the writing fails.
+    What was there stays as it was until then, and if the writing fails. What a run that was killed left beside it, for
+    the same folder, is removed; a folder that such a run had moved away and not yet replaced is put back.
 
     Args:
-        folder: The folder to make.
-        overwrite: Whether a folder that holds something may be replaced.
+        folder: The folder to make; of a link, what it leads to.
+        overwrite: Whether a folder that holds a crosscoder may be replaced.
     """
-    target = Path(os.path.abspath(folder))
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target.name} is a file: give a folder")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"the folder {target.name} holds something already: pass overwrite=True to replace it")
+    target = Path(os.path.realpath(folder))
     target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    _tidy(target)
+    _check_free(target, overwrite)
+    aside = Path(tempfile.mkdtemp(prefix=f"{_beside(target)}{os.getpid()}.", suffix=".partial", dir=target.parent))
     try:
         yield aside
         # mkdtemp makes a private folder; a saved one is as readable as any other.
@@ -145,19 +149,81 @@ def whole_folder(folder: str | os.PathLike[str], overwrite: bool = False) -> Ite
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _check_free(target: Path, overwrite: bool) -> None:
+    """Refuse to replace a file, anything unasked, and what is not just a crosscoder."""
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target.name} is a file: give a folder")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise FileExistsError(f"the folder {target.name} holds something already: pass overwrite=True to replace it")
+    below = next((path.name for path in target.iterdir() if path.is_dir()), None)
+    if below is not None or not _is_crosscoder(Folder(target)):
+        what = f"the folder {below}" if below is not None else "something that is no crosscoder"
+        raise FileExistsError(
+            f"the folder {target.name} holds {what}, which overwrite=True does not replace: give another folder, or "
+            "remove it first"
+        )
+
+
+def _is_crosscoder(folder: Folder) -> bool:
+    try:
+        return any(format.sniff(folder) for format in FORMATS.values())
+    except FormatError:  # a damaged one
+        return False
+
+
 def _swap(new: Path, target: Path) -> None:
     """Put ``new`` in the place of ``target``; on failure target is as it was."""
     if not target.exists():
         new.rename(target)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-    target.rename(old)
+    old = Path(tempfile.mkdtemp(prefix=f"{_beside(target)}{os.getpid()}.", suffix=".old", dir=target.parent))
     try:
+        target.rename(old)
         new.rename(target)
     except BaseException:
-        old.rename(target)
+        if not target.exists():
+            old.rename(target)
+        else:
+            old.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(target: Path) -> str:
+    """Return how the names begin of what is written beside a folder: with the machine, since disks are shared."""
+    return f".{target.name}.{zlib.crc32(platform.node().encode()):08x}."
+
+
+def _tidy(target: Path) -> None:
+    """Remove what processes that are no more left beside a folder, or put it back where that is all there is."""
+    named = re.compile(re.escape(_beside(target)) + r"(\d+)\.\w+\.(partial|old)")
+    for path in target.parent.iterdir():
+        match = named.fullmatch(path.name)
+        if not match or psutil.pid_exists(int(match[1])):
+            continue
+        if match[2] == "old" and not target.exists() and any(path.iterdir()):
+            path.rename(target)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def plain(value: Any, name: str) -> Any:
+    """Return a value as numbers, text, lists and mappings, which every format can hold; refuse others by name.
+
+    >>> plain({"fvu": torch.tensor(0.5), "of": (1, 2)}, "metrics")
+    {'fvu': 0.5, 'of': [1, 2]}
+    """
+    if hasattr(value, "tolist"):  # of torch and NumPy
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{name}[{str(key)!r}]") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{name}[{number}]") for number, item in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise ValueError(f"{name} is a {type(value).__name__}: give numbers, text, lists and mappings of them")
 
 
 def _umask() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from clt_plugin.core import FormatError
 
@@ -28,6 +29,30 @@ GEMMA_MODULES = {
     "post_feedforward_layernorm.output": "mlp_out",
 }
 """The modules of Gemma 2 and 3, as transformers names them within a block."""
+
+
+LAYER_NORM = re.compile(r"gpt-?(2|neo|j)|pythia|opt-|bloom|phi-[12]|solu|gelu|tiny-stories", re.IGNORECASE)
+RMS_NORM = re.compile(r"gemma|llama|mistral|mixtral|qwen|gpt-oss", re.IGNORECASE)
+"""How models are called that have LayerNorms, and RMSNorms: TransformerLens hooks the two at different places."""
+
+
+def normalised_site(model: Any, where: str, folded: bool = False) -> str:
+    """Return which site ``ln2.hook_normalized`` is: behind a LayerNorm's gain unless it was folded, before any other.
+
+    Args:
+        model: The model's name.
+        where: Which file says so, for the message.
+        folded: Whether TransformerLens ran the model with its norms' gains folded into the weights.
+    """
+    name = str(model)
+    if RMS_NORM.search(name):
+        return "mlp_in_before_gain"
+    if LAYER_NORM.search(name):
+        return "mlp_in_before_gain" if folded else "mlp_in"
+    raise FormatError(
+        f"{where} reads ln2.hook_normalized of {model}, which is before or after the norm's gain depending on the "
+        "model's kind of norm, and that is not known: name the model as its authors do, such as gpt2 or gemma-2-2b"
+    )
 
 
 def site_of(hook: str, hooks: Mapping[str, str], where: str) -> str:

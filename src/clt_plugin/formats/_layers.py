@@ -1,10 +1,9 @@
-"""What readers share: looking into configs, counting layers, folding normalisation."""
+"""What readers share: looking into configs, counting layers, computing vectors from weights."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +66,61 @@ def check_config(where: str, config: Mapping[str, Any], found: Mapping[str, int]
     for key, value in found.items():
         if config.get(key, value) != value:
             raise FormatError(f"{where} says {key} {config[key]!r}, but {tensors} have {value}")
+
+
+def count(where: str, config: Mapping[str, Any], key: str) -> int:
+    """Return a number that a config must give, such as k: whole, and at least 1."""
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or value % 1:
+        raise FormatError(
+            f"{where} gives no {key} (found {value!r}): a whole number of at least 1 is expected under that name"
+        )
+    return int(value)
+
+
+def number(where: str, config: Mapping[str, Any], key: str, default: float) -> float:
+    """Return a number above 0 that a config may give."""
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise FormatError(f"{where} says {key} {value!r}, where a number above 0 was expected")
+    return float(value)
+
+
+def text(where: str, config: Mapping[str, Any], key: str) -> str | None:
+    """Return a name that a config may give; refuse what is not one."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, str):
+        raise FormatError(f"{where} says {key} {value!r}, where a name was expected")
+    return value
+
+
+def mapping(where: str, config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """Return the part of a config under a key, empty where there is none; refuse what is not a mapping."""
+    value = config.get(key) or {}
+    if not isinstance(value, dict):
+        raise FormatError(f"{where} says {key} {value!r}, where a mapping was expected")
+    return value
+
+
+def all_or_none(label: str, has: Mapping[str, bool], what: str) -> bool:
+    """Return whether all files have something; refuse some with and some without.
+
+    Args:
+        label: What messages call the whole.
+        has: {file: whether it has it}.
+        what: What it is, such as ``"a skip connection"``.
+    """
+    held, lacking = ([name for name, holds in has.items() if holds == wanted] for wanted in (True, False))
+    if held and lacking:
+        raise FormatError(
+            f"{label}: {_some(held)} {'have' if len(held) > 1 else 'has'} {what}, but {_some(lacking)} "
+            f"{'have' if len(lacking) > 1 else 'has'} none: fetch or save it again"
+        )
+    return bool(held)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def check_layers(label: str, found: Collection[int], file: str, n_layers: int | None = None) -> int:
@@ -133,87 +187,17 @@ def only_where(vector: Piece | Formula, holds: Mapping[Piece, float], why: str) 
     return Formula(of, (*own, *holds))
 
 
-def as_stored(piece: Piece, tensor: Tensor) -> Tensor:
-    """Return a piece's tensor as (rows, columns), in float32 at least, without its scale."""
-    return wide(tensor.T if piece.rows_last else tensor)
-
-
 def wide(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 at least, in which sums and products are exact enough."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-@dataclass(frozen=True)
-class Normalisation:
-    """How a site is normalised: ``(x - mean) / std`` where it is read, ``u * std + mean`` where it is written.
-
-    Attributes:
-        mean: A number or one a coordinate, (d,); None for 0.
-        std: A number or one a coordinate, (d,); None for 1.
-    """
-
-    mean: Tensor | None = None
-    std: Tensor | None = None
-
-    def encoder(self, piece: Piece) -> Piece:
-        """Return an encoder that reads what is not normalised: its columns divided by std."""
-        return piece if self.std is None else replace(piece, scale=1 / self.std)
-
-    def b_enc(self, bias: Piece, encoder: Piece) -> Piece | Formula:
-        """Return ``bias - (mean / std) @ W_enc``, (F,), for an encoder as it is stored."""
-        if self.mean is None:
-            return bias
-
-        def of(stored_bias: Tensor, stored: Tensor) -> Tensor:
-            weight = as_stored(encoder, stored)
-            return wide(stored_bias) - weight @ self._shift(weight.shape[1])
-
-        return Formula(of, (bias, encoder))
-
-    def decoder(self, piece: Piece) -> Piece:
-        """Return a decoder that writes what is not normalised: its columns times std."""
-        if self.std is None:
-            return piece
-        return replace(piece, scale=self.std if piece.scale is None else piece.scale * self.std)
-
-    def skip(self, piece: Piece, read: Normalisation) -> Piece:
-        """Return a skip, rows the coordinates read, from and to what is not normalised."""
-        if read.std is None:
-            return self.decoder(piece)
-        inverse = 1 / read.std
-        return self.decoder(replace(piece, row_scale=inverse) if inverse.ndim else replace(piece, scale=inverse))
-
-    def b_dec(
-        self, biases: Sequence[Piece], skip: Piece | None = None, read: Normalisation | None = None
-    ) -> Piece | Formula:
-        """Return ``(sum of biases - (read's mean / std) @ W_skip) * std + mean``, (d,).
-
-        Args:
-            biases: Every bias of the site, (d,) each.
-            skip: The skip that writes to the site, as it is stored.
-            read: How the site that the skip reads is normalised.
-        """
-        shifts = skip is not None and read is not None and read.mean is not None
-        if len(biases) == 1 and not shifts and self.mean is None and self.std is None:
-            return biases[0]
-
-        def of(*tensors: Tensor) -> Tensor:
-            total = torch.stack([wide(bias) for bias in tensors[: len(biases)]]).sum(0)
-            if shifts and skip and read:
-                weight = as_stored(skip, tensors[-1])
-                total = total - read._shift(weight.shape[0]) @ weight
-            total = total if self.std is None else total * self.std
-            return total if self.mean is None else total + self.mean
-
-        return Formula(of, (*biases, skip) if shifts and skip else tuple(biases))
-
-    def _shift(self, width: int) -> Tensor:
-        """Return what normalising moves every input by, (width,)."""
-        assert self.mean is not None
-        return (self.mean if self.std is None else self.mean / self.std).expand(width)
-
-
 # ---------------------------------------------------------------- one layer
+
+
+def at_least_zero(threshold: Tensor) -> Tensor:
+    """Return t such that ``h * (h > t)`` is ``relu(h) * (h > threshold)``."""
+    return threshold.clamp(min=0)
 
 
 def one_layer(read: Site, write: Site, skip: bool = False) -> Wiring:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
-
-from clt_plugin.core import Activation, FormatError, Host, JumpReLU, Piece, ReLU, Site
+from clt_plugin.core import Activation, Host, JumpReLU, Piece, ReLU, Site
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula, join
-from clt_plugin.formats._layers import one_layer, shape_of
+from clt_plugin.formats._layers import all_or_none, at_least_zero, one_layer, shape_of
 from clt_plugin.hub import Folder
 
 
@@ -73,12 +71,7 @@ class Tensors:
 
     def threshold_of(self, piece: Piece) -> Piece | Formula:
         """Return the threshold t with which JumpReLU is our ``h * (h > t)``."""
-        return Formula(_at_least_zero, (piece,)) if self.rectified else piece
-
-
-def _at_least_zero(threshold: Tensor) -> Tensor:
-    """Return t such that ``h * (h > t)`` is ``relu(h) * (h > threshold)``."""
-    return threshold.clamp(min=0)
+        return Formula(at_least_zero, (piece,)) if self.rectified else piece
 
 
 def describe_layer(
@@ -129,13 +122,7 @@ def describe_layer(
 
 def join_layers(parts: Sequence[Description], label: str, format: str) -> Description:
     """Return the description of a set with a layer a file; from layer 0 on without gap it is the model's whole."""
-    affine = [part.label for part in parts if part.wiring.skips]
-    plain = [part.label for part in parts if not part.wiring.skips]
-    if affine and plain:
-        raise FormatError(
-            f"{label}: {', '.join(affine[:4])} {'have' if len(affine) > 1 else 'has'} a skip connection, but "
-            f"{', '.join(plain[:4])} none: fetch or save the set again, or load its layers one by one"
-        )
+    all_or_none(label, {part.label: bool(part.wiring.skips) for part in parts}, "a skip connection")
     kind = parts[0].wiring.name.partition("(")[0] if parts else ""
     whole = join(parts, label, format, kind + "({n})")
     if whole.wiring.home == tuple(range(len(parts))):

@@ -24,8 +24,9 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, Activation, Crosscoder, FormatError, Host, JumpReLU, Piece, ReLU, TopK, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description
-from clt_plugin.formats._files import Rows, decoder_rows, encoder_rows, save_tensors, whole_folder
+from clt_plugin.formats._files import Rows, decoder_rows, encoder_rows, plain, save_tensors, whole_folder
 from clt_plugin.formats._hooks import TRANSFORMER_LENS, site_of
+from clt_plugin.formats._layers import mapping
 from clt_plugin.hub import Folder
 
 CONFIG, JSON_CONFIG, NORMS = "config.yaml", "config.json", "W_dec_norm.safetensors"
@@ -46,7 +47,10 @@ class CircuitTracer:
         """Say which tensor lies where."""
         config = _read_config(folder)
         n_layers = _count_layers(folder)
-        own = config.get("clt_plugin") or {}
+        own = mapping(f"{folder.label}/{CONFIG}", config, "clt_plugin")
+        first = own.get("exclude_first", 1)
+        if not isinstance(first, int) or first < 0:
+            raise FormatError(f"{folder.label}/{CONFIG} says exclude_first {first!r}, where a number of positions goes")
         wiring = Wiring.clt(
             n_layers,
             read=_site(folder, config.get("feature_input_hook", "hook_resid_mid")),
@@ -92,7 +96,7 @@ class CircuitTracer:
             activation = JumpReLU(own["bandwidth"]) if "bandwidth" in own else JumpReLU()
         elif ranked:
             activation = TopK(_k(folder, config), scope="joint", score="decoder_norm")
-        host = Host(_model_name(config), own.get("model_revision"), n_layers, exclude_first=own.get("exclude_first", 1))
+        host = Host(_model_name(config), own.get("model_revision"), n_layers, exclude_first=first)
         return Description(
             folder.label,
             self.name,
@@ -115,7 +119,7 @@ class CircuitTracer:
         activation, host = crosscoder.activation, crosscoder.host
         own: dict[str, Any] = {"exclude_first": host.exclude_first, "model_revision": host.model_revision}
         if crosscoder.metadata:
-            own["metadata"] = crosscoder.metadata
+            own["metadata"] = plain(crosscoder.metadata, "metadata")
         if isinstance(activation, JumpReLU):
             own["bandwidth"] = activation.bandwidth
         config = {
@@ -199,6 +203,8 @@ def _check_fits(crosscoder: Crosscoder, read: str, write: str) -> None:
         reason = f"it covers {wiring.n_layers} layers of a model of {crosscoder.host.n_layers}"
     elif crosscoder.is_partial:
         reason = "it is a selection of a larger one"
+    elif len(set(crosscoder.group_sizes)) > 1:  # the tool sizes every layer as the first
+        reason = f"its layers have different numbers of latents, {list(crosscoder.group_sizes)}"
     if reason:
         raise FormatError(f"circuit-tracer's format holds ReLU or JumpReLU CLTs, but {reason}: use format='native'")
 

@@ -16,10 +16,7 @@ models without processing, and in such a model the hook lies behind gain and bia
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +24,17 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, File, FormatError, Host, JumpReLU, Piece, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import Normalisation, check_config, check_layers, peek, read_scale, shape_of
+from clt_plugin.formats._hooks import normalised_site
+from clt_plugin.formats._layers import (
+    check_config,
+    check_layers,
+    number,
+    peek,
+    read_scale,
+    shape_of,
+    text,
+)
+from clt_plugin.formats._normalisation import Normalisation
 from clt_plugin.hub import Folder, read_headers
 
 CONFIG, WEIGHTS, SHARE = "clt_cfg.json", "clt_weights.safetensors", "rank{i}_clt_weights.safetensors"
@@ -35,8 +42,6 @@ LATENTS = {"W_enc": 2, "b_enc": 1, "W_dec": 1, "log_threshold": 1, "feature_coun
 """Which axis of a sharded tensor is that of latents."""
 FACTORS = "estimated_norm_scaling_factor_{side}"
 NOT_NEEDED = frozenset(["layer_mask", "feature_count", "l_idx", "k_idx"])
-READS = {"gpt2|gpt-2|pythia|gpt-neox": "mlp_in", "llama|mistral|qwen|gemma": "mlp_in_before_gain"}
-"""For models with LayerNorm and with RMSNorm, by what their names hold, which site ``ln2.hook_normalized`` is."""
 
 
 class CLTForge:
@@ -54,7 +59,7 @@ class CLTForge:
         header = file.header()
         n_layers, d, n = shape_of(file, header, "W_enc", "L, d, F")
         check_config(where, config, {"n_layers": n_layers, "d_in": d, "d_latent": n}, file)
-        layers, read = range(n_layers), _read_site(where, config)
+        layers, read = range(n_layers), normalised_site(config.get("model_name"), where)
         if config.get("cross_layer_decoders", "layer_mask" in header):
             wiring = Wiring.clt(n_layers, read, "mlp_out")
         else:
@@ -79,23 +84,12 @@ class CLTForge:
             wiring,
             d,
             (n,) * n_layers,
-            JumpReLU(float(config.get("jumprelu_bandwidth", 1.0))),
-            Host(config["model_name"], None, n_layers),
+            JumpReLU(number(where, config, "jumprelu_bandwidth", 1.0)),
+            Host(text(where, config, "model_name"), None, n_layers),
             weights,
             vectors,
             ignored={str(file): NOT_NEEDED | {FACTORS.format(side=side) for side in ("in", "out")}},
         )
-
-
-def _read_site(where: str, config: Mapping[str, Any]) -> str:
-    model = config.get("model_name")
-    for names, site in READS.items():
-        if re.search(names, str(model), re.IGNORECASE):
-            return site
-    raise FormatError(
-        f"{where} names the model {model!r}, and what was read there depends on its norm: known are models with "
-        f"LayerNorm and with RMSNorm whose names hold {', or '.join(READS).replace('|', ', ')}"
-    )
 
 
 def _factors(file: File, header: Header, side: str, n_layers: int) -> list[Normalisation]:

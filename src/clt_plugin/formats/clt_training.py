@@ -38,7 +38,17 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, File, FormatError, Host, Piece, TopK, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import Normalisation, check_layers, only_where, peek, read_scale, shape_of, site_into
+from clt_plugin.formats._layers import (
+    check_layers,
+    count,
+    only_where,
+    peek,
+    read_scale,
+    shape_of,
+    site_into,
+    text,
+)
+from clt_plugin.formats._normalisation import Normalisation
 from clt_plugin.formats._views import Stacked
 from clt_plugin.hub import Folder
 
@@ -117,7 +127,7 @@ class CLTTraining:
             d,
             tuple(n for n, _ in sizes),
             TopK(settings["k"]),
-            Host(_run(folder).get("model")),
+            Host(text(f"{folder.label}/{RUN}", _run(folder), "model")),
             weights,
             vectors,
             ignored={str(file): twice | scales for file in files},
@@ -154,23 +164,22 @@ def _settings(folder: Folder, names: list[str], configs: list[dict[str, Any]]) -
             raise FormatError(f"{where} says {key}: {what}, which no crosscoder here can do")
     if settings["activation"] != "topk":
         raise FormatError(f"{where} says activation {settings['activation']!r}: only topk depends on the token alone")
-    if not isinstance(settings["k"], int) or settings["k"] < 1:
-        raise FormatError(f"{where} gives no k (found {settings['k']!r}): how many latents to keep is expected there")
     if not settings["transcode"]:
         raise FormatError(f"{where} does not say transcode: true, and of this format only transcoders can be read")
     if settings["coalesce_topk"] not in ("none", "concat", "per-layer"):
         raise FormatError(
             f"{where} says coalesce_topk {settings['coalesce_topk']!r}: known are none, concat, per-layer"
         )
-    return settings
+    return settings | {"k": count(where, settings, "k")}
 
 
 def _spans(folder: Folder, names: list[str], configs: list[dict[str, Any]]) -> list[int]:
     """Return how many layers each layer writes: all as many, or as there are left; 0 for transcoders."""
     spans = [config.get("n_targets", 0) for config in configs]
+    first = spans[0] if isinstance(spans[0], int) else len(spans)
     for layer, span in enumerate(spans):
-        expected = min(spans[0], len(spans) - layer)
-        if not isinstance(span, int) or span != expected:
+        expected = min(first, len(spans) - layer)
+        if not isinstance(span, int) or span != expected or span < 0:
             raise FormatError(
                 f"{folder.label}/{names[layer]}/{CONFIG} says n_targets {span!r}, where {expected} follows from the "
                 f"{len(spans)} layers that are there: are some missing?"
@@ -190,7 +199,10 @@ def _run(folder: Folder) -> dict[str, Any]:
 
 def _wiring(folder: Folder, names: list[str], span: int, settings: Mapping[str, Any]) -> Wiring:
     run, where, n_layers = _run(folder), f"{folder.label}/{RUN}", len(names)
-    modules = {str(name).rpartition(".")[2] for name in run.get("hookpoints_in") or ["mlp"]}
+    hookpoints = run.get("hookpoints_in") or ["mlp"]
+    if not isinstance(hookpoints, list):
+        raise FormatError(f"{where} says hookpoints_in {hookpoints!r}, where a list was expected")
+    modules = {str(name).rpartition(".")[2] for name in hookpoints}
     if len(modules) > 1:
         raise FormatError(f"{where}: hookpoints_in names {', '.join(sorted(modules))}, where one module was expected")
     read = site_into(modules.pop(), run.get("model"), where)

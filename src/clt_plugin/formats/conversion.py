@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clt_plugin.core import FORMATS, Crosscoder, FormatError
+from clt_plugin.core import FORMATS, Crosscoder, FormatError, LazyStore
 from clt_plugin.formats._files import CHUNK_BYTES, progress, whole_folder
 from clt_plugin.formats.loading import load
 
@@ -26,13 +27,14 @@ def convert(
     overwrite: bool = False,
     verify: bool = True,
     token: str | None = None,
+    revisions: Mapping[str, str] | None = None,
     bar: bool = True,
 ) -> None:
     """Write a crosscoder in another format: some rows at a time, whatever its size, and whole or not at all.
 
     Args:
         source: As for `clt_plugin.load`.
-        target: The folder to make.
+        target: The folder to make; neither inside the source's nor around it.
         format: Any registered format that writes.
         dtype: Convert to it; None keeps the files'.
         layers: As for `clt_plugin.load`.
@@ -40,6 +42,7 @@ def convert(
         overwrite: Whether a folder that holds something may be replaced.
         verify: Read what was written and compare it, bit by bit, before it takes the target's place.
         token: As for `clt_plugin.load`.
+        revisions: As for `clt_plugin.load`.
         bar: Whether to show progress.
 
     Raises:
@@ -49,7 +52,9 @@ def convert(
     if not hasattr(writer, "save"):
         writers = ", ".join(name for name in FORMATS if hasattr(FORMATS[name], "save"))
         raise FormatError(f"the format {format} is only read: write one of {writers}")
-    crosscoder = load(source, dtype=dtype, lazy=True, layers=layers, features=features, token=token)
+    chosen: dict[str, Any] = {"layers": layers, "features": features}
+    crosscoder = load(source, dtype=dtype, lazy=True, token=token, revisions=revisions, **chosen)
+    _check_apart(crosscoder, target)
     with whole_folder(target, overwrite) as aside:
         bars: dict[str, Any] = {"total": n_bytes(crosscoder), "unit": "B", "unit_scale": True, "disable": not bar}
         with tqdm(desc="writing", **bars) as writing, progress(writing.update):
@@ -58,6 +63,17 @@ def convert(
             with tqdm(desc="verifying", **bars) as reading:
                 for difference in differences(crosscoder, load(aside, lazy=True), reading.update):
                     raise FormatError(f"what was written differs in {difference}: nothing was kept. Please report this")
+
+
+def _check_apart(crosscoder: Crosscoder, target: str | os.PathLike[str]) -> None:
+    """Refuse a target that holds the folders a lazy crosscoder is read from, or lies in one of them."""
+    assert isinstance(crosscoder.store, LazyStore)
+    parts = {part for pieces in crosscoder.store.pieces.values() for piece in pieces for part in piece.file.parts}
+    there = Path(os.path.realpath(target))
+    for folder in {Path(os.path.realpath(os.path.dirname(part.path))) for part in parts}:
+        if there in folder.parents or folder in there.parents:
+            how = "contains" if there in folder.parents else "is inside"
+            raise ValueError(f"the target {there} {how} the source {folder}: give a folder apart from it")
 
 
 def n_bytes(crosscoder: Crosscoder) -> int:
@@ -95,6 +111,13 @@ def differences(ours: Crosscoder, theirs: Crosscoder, seen: Callable[[int], Any]
         seen(a.nbytes)
 
 
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bit by bit, so that 0 is not -0; nan is nan, whatever its bits."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    bits = [x.detach().contiguous().view(INTEGERS[a.itemsize]) for x in (a, b)]
     # A threshold of BatchTopK that was never measured is nan on both sides.
-    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+    return bool(((bits[0] == bits[1]) | (a.isnan() & b.isnan())).all())

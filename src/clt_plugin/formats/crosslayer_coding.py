@@ -33,7 +33,17 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, Activation, File, FormatError, Host, JumpReLU, Piece, ReLU, TopK, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import Normalisation, check_config, only_where, peek, read_scale, shape_of, site_into
+from clt_plugin.formats._layers import (
+    check_config,
+    count,
+    only_where,
+    peek,
+    read_scale,
+    shape_of,
+    site_into,
+    text,
+)
+from clt_plugin.formats._normalisation import Normalisation
 from clt_plugin.hub import Folder
 
 CONFIG, STATS, LATEST = "cfg.json", "norm_stats.json", "clt_checkpoint_latest.safetensors"
@@ -67,9 +77,9 @@ class CrosslayerCoding:
         file, header = folder.file(name), folder.headers([name])[name]
         n, d = shape_of(file, header, "encoder_module.encoders.0.weight", "F, d")
         check_config(where, config, {"num_features": n, "d_model": d}, file)
-        n_layers = config["num_layers"]
-        if not isinstance(n_layers, int) or n_layers < 1:
-            raise FormatError(f"{where} says num_layers {n_layers!r}, where a number of at least 1 was expected")
+        n_layers = count(where, config, "num_layers")
+        if n_layers > len(header):
+            raise FormatError(f"{where} says num_layers {n_layers}, but {file} holds {len(header)} tensors in all")
         reads, writes = _normalisation(folder, config, n_layers, d)
         activation = _activation(where, config, n)
         wiring = Wiring.clt(n_layers, *_sites(where, config))
@@ -102,7 +112,7 @@ class CrosslayerCoding:
             if skip:
                 weights["W_skip", t] = (writes[t].skip(skip, reads[t]),)
         wiring = wiring.with_skips() if skips else wiring
-        host = Host(config.get("model_name"), None, n_layers)
+        host = Host(text(where, config, "model_name"), None, n_layers)
         ignored = {str(file): frozenset(scaled.values())}
         return Description(
             folder.label, self.name, wiring, d, (n,) * n_layers, activation, host, weights, vectors, ignored
@@ -121,7 +131,7 @@ def _weights(folder: Folder) -> str:
 
 
 def _tying(where: str, config: dict[str, Any]) -> str:
-    tying = config.get("decoder_tying") or "none"
+    tying = text(where, config, "decoder_tying") or "none"
     if tying not in TIED:
         raise FormatError(f"{where} says decoder_tying {tying!r}: known are {', '.join(TIED)}")
     return TIED[tying]
@@ -131,7 +141,7 @@ def _sites(where: str, config: dict[str, Any]) -> tuple[str, str]:
     """Return what is read and written, from the templates; GPT-2's CLTs read the input of ln_2 where none are given."""
     model, sites = config.get("model_name"), []
     for name, default in (("mlp_input_template", "ln_2.input"), ("mlp_output_template", "mlp.output")):
-        template = config.get(name)
+        template = text(where, config, name)
         if not template and re.fullmatch(r"(?:openai-community/)?gpt2(?:-\w+)?", str(model)):
             template = f"transformer.h.{{}}.{default}"
         match = re.fullmatch(r"(?:\w+\.)*(h|layers)\.\{\}\.(\w+)\.(input|output)", template or "")
@@ -148,7 +158,7 @@ def _sites(where: str, config: dict[str, Any]) -> tuple[str, str]:
 
 
 def _activation(where: str, config: dict[str, Any], n: int) -> Activation:
-    name, mode = config.get("activation_fn", "jumprelu"), config.get("topk_mode", "global")
+    name, mode = text(where, config, "activation_fn") or "jumprelu", config.get("topk_mode", "global")
     if name == "topk" and mode == "per_layer":
         k = config.get("topk_k")
         if not isinstance(k, int | float) or k <= 0:
@@ -195,7 +205,8 @@ def _normalisation(
     folder: Folder, config: dict[str, Any], n_layers: int, d: int
 ) -> tuple[list[Normalisation], list[Normalisation]]:
     """Return how each layer's input and output is normalised."""
-    method, where = config.get("normalization_method") or "none", f"{folder.label}/{CONFIG}"
+    where = f"{folder.label}/{CONFIG}"
+    method = text(where, config, "normalization_method") or "none"
     method = "sqrt_d_model" if config.get("sqrt_d_model_normalize") else METHODS.get(method, method)
     if method == "sqrt_d_model":
         root = [Normalisation(std=torch.tensor(d**-0.5))] * n_layers

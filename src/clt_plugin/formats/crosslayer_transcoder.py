@@ -20,17 +20,28 @@ config names no model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from clt_plugin.core import FORMATS, Activation, BatchTopK, FormatError, Host, JumpReLU, Piece, ReLU, TopK, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import Normalisation, check_config, peek, read_scale, shape_of
+from clt_plugin.formats._layers import (
+    at_least_zero,
+    check_config,
+    count,
+    mapping,
+    number,
+    peek,
+    read_scale,
+    shape_of,
+)
+from clt_plugin.formats._normalisation import Normalisation
 from clt_plugin.hub import Folder
 
 CONFIG, WEIGHTS = "config.yaml", "checkpoint.safetensors"
 DECODERS = {"CrosslayerDecoder": True, "MatryoshkaCrosslayerDecoder": True, "Decoder": False}
 """Whether each kind of decoder writes later layers."""
+STANDARDISED = ("input_standardizer", "output_standardizer")
 STANDARDISERS = {"Dimensionwise": "L, d", "Layerwise": "L"}
 """What the kinds of standardiser that can be folded are called, and the axes of their means and deviations."""
 
@@ -53,7 +64,7 @@ class CrosslayerTranscoder:
         layers = range(n_layers)
         found = {"n_layers": n_layers, "d_acts": d, "d_features": n}
         for part in ("encoder", "decoder", "nonlinearity"):
-            check_config(f"{where}, {part},", _args(parts, part), found, file)
+            check_config(f"{where}, {part},", parts[part].args, found, file)
         crosses = _kind(parts, "decoder", where, DECODERS)
         reads, writes = (_standardiser(folder, header, parts, f"{side}put", n_layers, d) for side in ("in", "out"))
         weights: dict[tuple[str, int], tuple[Piece, ...]] = {}
@@ -83,45 +94,45 @@ class CrosslayerTranscoder:
         )
 
 
-def _parts(folder: Folder) -> Mapping[str, Any]:
-    """Return the parts that the config names, each with its class and arguments."""
-    model = folder.yaml(CONFIG)["model"]
-    parts = model.get("init_args")
-    if not isinstance(parts, dict) or not {"encoder", "decoder", "nonlinearity"} <= parts.keys():
-        raise FormatError(f"{folder.label}/{CONFIG} names no encoder, decoder and nonlinearity under model: init_args")
-    unfolded = [name for name in ("input_standardizer", "output_standardizer") if parts.get(name)]
+class _Part(NamedTuple):
+    """A part that the config names: the name of its class, and the arguments."""
+
+    name: str
+    args: dict[str, Any]
+
+
+def _parts(folder: Folder) -> Mapping[str, _Part]:
+    """Return the parts that the config names."""
+    model, where = folder.yaml(CONFIG)["model"], f"{folder.label}/{CONFIG}"
+    named, parts = mapping(where, model, "init_args"), {}
+    for part in named:
+        if said := mapping(where, named, part):
+            name = str(said.get("class_path")).rpartition(".")[2]
+            parts[part] = _Part(name, mapping(f"{where}, {part},", said, "init_args"))
+    if not {"encoder", "decoder", "nonlinearity"} <= parts.keys():
+        raise FormatError(f"{where} names no encoder, decoder and nonlinearity under model: init_args")
+    unfolded = [part for part in STANDARDISED if part in parts]
     if model.get("is_folded") and unfolded:
-        raise FormatError(
-            f"{folder.label}/{CONFIG} says is_folded, yet names an {unfolded[0]}: whether to apply it cannot be told"
-        )
+        raise FormatError(f"{where} says is_folded, yet names an {unfolded[0]}: whether to apply it cannot be told")
     return parts
 
 
-def _args(parts: Mapping[str, Any], part: str) -> dict[str, Any]:
-    return (parts[part] or {}).get("init_args") or {}
-
-
-def _kind(parts: Mapping[str, Any], part: str, where: str, known: Mapping[str, Any]) -> Any:
+def _kind(parts: Mapping[str, _Part], part: str, where: str, known: Mapping[str, Any]) -> Any:
     """Return what is known of the class of a part."""
-    name = str((parts[part] or {}).get("class_path")).rpartition(".")[2]
+    name = parts[part].name
     if name not in known:
         raise FormatError(f"{where} names the {part} {name}: known are {', '.join(known)}")
     return known[name]
 
 
 def _nonlinearity(
-    folder: Folder, parts: Mapping[str, Any], n_layers: int, n: int
+    folder: Folder, parts: Mapping[str, _Part], n_layers: int, n: int
 ) -> tuple[Activation, list[Piece | Formula]]:
     """Return the activation, and a threshold for each layer where it has them."""
-    file, args, where = folder.file(WEIGHTS), _args(parts, "nonlinearity"), f"{folder.label}/{CONFIG}"
+    file, args, where = folder.file(WEIGHTS), parts["nonlinearity"].args, f"{folder.label}/{CONFIG}"
 
     def k() -> int:
-        k = args.get("k")
-        if not isinstance(k, int | float) or k != int(k) or k < 1:
-            raise FormatError(
-                f"{where}: the nonlinearity's k is {k!r}, where a whole number of at least 1 was expected"
-            )
-        return int(k)
+        return count(f"{where}, nonlinearity,", args, "k")
 
     def stored(name: str, shape: tuple[int, ...], at: tuple[int, ...]) -> Piece:
         return Piece(file, f"nonlinearity.{name}", shape, at)
@@ -130,8 +141,8 @@ def _nonlinearity(
     kinds: dict[str, Any] = {
         "ReLU": lambda: (ReLU(), []),
         "JumpReLU": lambda: (
-            JumpReLU(args.get("bandwidth", 0.01)),
-            [Formula(lambda theta: theta.clamp(min=0), (stored("theta", (1, n_layers, n), (0, s)),)) for s in layers],
+            JumpReLU(number(f"{where}, nonlinearity,", args, "bandwidth", 0.01)),
+            [Formula(at_least_zero, (stored("theta", (1, n_layers, n), (0, s)),)) for s in layers],
         ),
         "PerLayerTopK": lambda: (TopK(k()), []),
         "BatchTopK": lambda: (BatchTopK(k(), scope="joint"), [stored("threshold", (1,), (0,)) for _ in layers]),
@@ -141,13 +152,13 @@ def _nonlinearity(
 
 
 def _standardiser(
-    folder: Folder, header: Header, parts: Mapping[str, Any], side: str, n_layers: int, d: int
+    folder: Folder, header: Header, parts: Mapping[str, _Part], side: str, n_layers: int, d: int
 ) -> list[Normalisation]:
     """Return how each layer is standardised; nothing where that was folded into the weights."""
     part, file = f"{side}_standardizer", folder.file(WEIGHTS)
-    if not parts.get(part):
+    if part not in parts:
         return [Normalisation()] * n_layers
-    name = str(parts[part].get("class_path")).rpartition(".")[2]
+    name = parts[part].name
     if name == "Standardizer":  # which does nothing
         return [Normalisation()] * n_layers
     if name.startswith("Samplewise"):
@@ -162,10 +173,9 @@ def _standardiser(
     return [Normalisation(mean, std) for mean, std in zip(*stored, strict=True)]
 
 
-def _ignored(parts: Mapping[str, Any], activation: Activation) -> frozenset[str]:
+def _ignored(parts: Mapping[str, _Part], activation: Activation) -> frozenset[str]:
     """Return the keys that are read by other means, or that only training needs."""
-    keys = {f"{part}.{name}" for part in ("input_standardizer", "output_standardizer") if parts.get(part)
-            for name in ("mean", "std")}  # fmt: skip
+    keys = {f"{part}.{name}" for part in STANDARDISED if part in parts for name in ("mean", "std")}
     return frozenset(keys | ({"nonlinearity.bandwidth"} if isinstance(activation, JumpReLU) else set()))
 
 

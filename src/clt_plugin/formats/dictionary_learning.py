@@ -28,8 +28,8 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, Activation, BatchTopK, File, FormatError, Host, Piece, ReLU, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import check_config, norms, peek, shape_of, times
-from clt_plugin.hub import Folder, fetch
+from clt_plugin.formats._layers import check_config, mapping, norms, peek, shape_of, times
+from clt_plugin.hub import Folder
 
 CONFIG, TRAINER, WEIGHTS = "config.json", "trainer_config.json", "model.safetensors"
 MODELS = ("base", "chat")
@@ -56,7 +56,7 @@ class DictionaryLearning:
     def describe(self, folder: Folder) -> Description:
         """Say which tensor lies where."""
         config, where = folder.json(CONFIG), f"{folder.label}/{CONFIG}"
-        trainer = (folder.json(TRAINER).get("trainer") or {}) if TRAINER in folder else {}
+        trainer = mapping(f"{folder.label}/{TRAINER}", folder.json(TRAINER), "trainer") if TRAINER in folder else {}
         said = {**trainer, **{key: value for key, value in config.items() if value is not None}}
         file, header = folder.file(WEIGHTS), folder.headers([WEIGHTS])[WEIGHTS]
         n_models, d, n = shape_of(file, header, "encoder.weight", "models, d, F")
@@ -138,12 +138,7 @@ def _k(folder: Folder, config: Mapping[str, Any], header: Header) -> int:
         return int(given[0])
     if "k" not in header:
         raise FormatError(f"{folder.label}/{CONFIG} gives no k, nor do the tensors: is it a BatchTopK?")
-    return _integer(folder.file(WEIGHTS), "k")
-
-
-def _integer(file: File, key: str) -> int:
-    fetch([file])  # of files on the Hub only floats are read by ranges
-    return int(file.read(key))
+    return int(folder.file(WEIGHTS).read("k"))
 
 
 # ---------------------------------------------------------------- scores
@@ -167,7 +162,7 @@ def _scores(
     def of(_: Tensor) -> Tensor:
         code = said or "CROSSCODER"
         if "code_normalization_id" in header:
-            number = _integer(file, "code_normalization_id")
+            number = int(file.read("code_normalization_id"))
             stored = next((code for code, id in CODE_NORMALIZATIONS.items() if id == number), f"number {number}")
             _check_code(str(file), stored)
             if said not in (None, stored):

@@ -30,7 +30,7 @@ from clt_plugin.core import FORMATS, MODEL, FormatError, Host, JumpReLU, Piece, 
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
 from clt_plugin.formats._hooks import GEMMA_MODULES, site_of
-from clt_plugin.formats._layers import check_layers, peek
+from clt_plugin.formats._layers import all_or_none, check_layers, peek
 from clt_plugin.formats._one_layer import Listed, Tensors, describe_layer
 from clt_plugin.hub import Folder
 
@@ -188,17 +188,15 @@ class _Config:
 
     def check_affine(self, headers: dict[str, Header]) -> bool:
         """Return whether there are skips: in every file or in none, as the config says if it does."""
-        with_skips = [name for name, header in headers.items() if SKIP in header]
-        without = [name for name in headers if name not in with_skips]
+        has = {name: SKIP in header for name, header in headers.items()}
         said = self.values.get("affine_connection")
-        wanted = said if isinstance(said, bool) else bool(with_skips)
-        wrong = without if wanted else with_skips
+        if not isinstance(said, bool):
+            return all_or_none(self.where, has, SKIP)
+        wrong = [name for name, holds in has.items() if holds != said]
         if wrong:
-            why = f"{self.where} says affine_connection {said}" if isinstance(said, bool) else "the other files do"
-            raise FormatError(
-                f"{self.where}: {', '.join(wrong[:4])} {'lacks' if wanted else 'holds'} {SKIP}, but {why}"
-            )
-        return wanted
+            what = f"{', '.join(wrong[:4])} {'lacks' if said else 'holds'} {SKIP}"
+            raise FormatError(f"{self.where} says affine_connection {said}, but {what}")
+        return said
 
     def check_width(self, sizes: dict[str, int]) -> None:
         """Refuse files whose latents are not as many as the config says for all of them."""

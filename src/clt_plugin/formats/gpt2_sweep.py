@@ -13,10 +13,9 @@ named. The variants are branches of the repository: give one as ``@revision``. (
 
 from __future__ import annotations
 
-from clt_plugin.core import FORMATS, FormatError, Host, Piece, ReLU, Wiring
-from clt_plugin.core.files import Header
+from clt_plugin.core import FORMATS, Host, Piece, ReLU, Wiring
 from clt_plugin.formats._description import Description
-from clt_plugin.formats._layers import check_layers, shape_of
+from clt_plugin.formats._layers import all_or_none, check_layers, shape_of
 from clt_plugin.hub import Folder
 
 ENCODER, DECODER = "encoder_layer_{i}.safetensors", "decoder_layer_{i}.safetensors"
@@ -54,7 +53,7 @@ class SparsecoderSweep:
             )
             vectors["b_dec", s] = Piece(files[decoders[s]], "b_dec", (d,))
         wiring = Wiring.clt(n_layers, read="resid_mid", write="mlp_out")
-        if _have_skips(folder, [headers[decoders[t]] for t in layers]):
+        if all_or_none(folder.label, {name: "W_skip" in headers[name] for name in decoders.values()}, "a W_skip"):
             wiring = wiring.with_skips()
             for t in layers:
                 weights["W_skip", t] = (Piece(files[decoders[t]], "W_skip", (d, d), rows_last=True),)
@@ -64,15 +63,6 @@ class SparsecoderSweep:
 
 def _numbered(folder: Folder, file: str) -> dict[int, str]:
     return folder.numbered(file.format(i=r"(\d+)").replace(".safe", r"\.safe"))
-
-
-def _have_skips(folder: Folder, headers: list[Header]) -> bool:
-    """Whether every target has a skip; some with and some without are no sweep's."""
-    without = [t for t, header in enumerate(headers) if "W_skip" not in header]
-    if without and len(without) < len(headers):
-        files = ", ".join(DECODER.format(i=t) for t in without)
-        raise FormatError(f"{folder.label}: {files} have no W_skip, the others have one: fetch or save them again")
-    return not without
 
 
 FORMATS.add(SparsecoderSweep.name, SparsecoderSweep())

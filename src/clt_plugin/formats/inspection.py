@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from clt_plugin.core import Crosscoder, FormatError
+from clt_plugin.core import Crosscoder, FormatError, Layout
 from clt_plugin.formats._description import Description, check_files
 from clt_plugin.formats.loading import combine, recognise
 from clt_plugin.hub import RemoteFile, open_folders
@@ -54,7 +54,7 @@ class Inspection:
             rows["dtype"] = ", ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes)
         rows["size"] = _bytes(self.size)
         if self.not_here:
-            rows["to fetch"] = f"{len(self.not_here)} files, {_bytes(sum(self.not_here.values()))}"
+            rows["to fetch"] = f"{_number(len(self.not_here), 'file')}, {_bytes(sum(self.not_here.values()))}"
         rows["problems"] = "none" if self.is_complete else f"{len(self.problems)}"
         return rows
 
@@ -110,6 +110,9 @@ def inspect(
         problems.append(str(error))
     if description is not None:
         dtypes, problems = check_files(description)
+        if len(dtypes) > 1:
+            names = ", ".join(sorted(map(str, dtypes)))
+            problems.append(f"{description.label} mixes the dtypes {names}: say which you want when you load it")
         files = description.files
     else:
         files = [folder.file(name) for folder in folders for name in folder.names if _holds_tensors(name)]
@@ -132,6 +135,7 @@ def _holds_tensors(name: str) -> bool:
 
 def _rows(found: Description) -> dict[str, str]:
     wiring, host, sizes = found.wiring, found.host, sorted(set(found.n_latents))
+    first = host.exclude_first
     layers = sorted(set(wiring.home))
     latents = f"{sizes[0]:,}" if len(sizes) == 1 else f"{sizes[0]:,} to {sizes[-1]:,}"
     of = f" of {host.n_layers}" if host.n_layers and host.n_layers != len(layers) else ""
@@ -139,13 +143,28 @@ def _rows(found: Description) -> dict[str, str]:
     return {
         "model": (host.model_name or "not said") + (f"@{host.model_revision}" if host.model_revision else ""),
         "layers": f"{_span(layers)}{of}",
-        "latents": f"{latents} a group, {sum(found.n_latents):,} in {wiring.n_groups} groups",
+        "latents": f"{latents} a group, {sum(found.n_latents):,} in {_number(wiring.n_groups, 'group')}",
+        "d_model": _widths(found),
         "activation": str(found.activation),
         "reads": " + ".join(reads),
-        "writes": " + ".join(writes) + (f", with {len(wiring.skips)} affine skips" if wiring.skips else ""),
-        "left out": f"the first {host.exclude_first} positions" if host.exclude_first else "nothing",
+        "writes": " + ".join(writes) + (f", with {_number(len(wiring.skips), 'affine skip')}" if wiring.skips else ""),
+        "left out": {0: "nothing", 1: "the first position"}.get(first, f"the first {first} positions"),
         "wiring": wiring.name,
     }
+
+
+def _number(n: int, what: str) -> str:
+    return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
+def _widths(found: Description) -> str:
+    """Return the width of the sites; where they differ, of those read and those written."""
+    width = Layout.of(found.wiring, found.d_model).width
+    read, written = (
+        " or ".join(f"{n:,}" for n in sorted({width[site] for site in sites}))
+        for sites in (found.wiring.read_sites, found.wiring.write_sites)
+    )
+    return read if read == written else f"{read} read, {written} written"
 
 
 def _span(layers: list[int]) -> str:

@@ -27,7 +27,7 @@ from clt_plugin.formats._one_layer import Listed, join_layers
 from clt_plugin.formats.gemma_scope_1 import GemmaScope1
 from clt_plugin.formats.gemma_scope_2 import SHARDS, GemmaScope2
 from clt_plugin.formats.transcoder_bundle import TranscoderBundle, said_by
-from clt_plugin.hub import Folder, Reference, read_headers
+from clt_plugin.hub import Folder, Reference, RemoteFolder, read_headers
 
 CONFIG, SET, CLT = "config.yaml", "transcoder_set", "cross_layer_transcoder"
 ADDRESS = re.compile(r"hf://([\w.-]+/[\w.-]+)/([^@?]+)(?:@([\w./-]+)|\?(.*))?")
@@ -124,7 +124,8 @@ def _entries(folder: Folder, listed: list[Any], where: str) -> list[Entry]:
     for position, (text, layer) in enumerate(named):
         below, name = _place(folder, text, where, opened)
         if below.file(name).size is None:
-            raise FormatError(f"{where} lists {text}, which is not there")
+            missing = "which is not there" if below.is_listed else "which is not in the cache"
+            raise FormatError(f"{where} lists {text}, {missing}")
         number = position if layer is None else layer
         # Files are mostly called for their layers; where they are, the order must be theirs.
         called = re.findall(r"(?:^|/)(?:params_)?layer_(\d+)(?=[/._]|$)", text.partition("?")[0])
@@ -150,31 +151,40 @@ def _named(item: Any, where: str) -> tuple[str, int | None]:
 def _place(folder: Folder, text: str, where: str, opened: dict[Reference, Folder]) -> tuple[Folder, str]:
     """Return the folder of a file that is listed, and its name there."""
     if not text.startswith("hf://"):
-        path = PurePosixPath(text)
-        if path.is_absolute() and folder.source.startswith("hf://"):
-            raise FormatError(f"{where} lists {text}, which is on no one else's machine")
-        if path.is_absolute():
-            return folder.elsewhere(str(path.parent)), path.name
-        return folder if path.parent == PurePosixPath() else folder / str(path.parent), path.name
+        return _place_here(folder, text, where)
     match = ADDRESS.fullmatch(text)
     if not match:
         raise FormatError(f"{where} lists {text}, which is not hf://owner/name/path/in/it[?revision=...]")
     repo, inside, at, query = match.groups()
     revision = at or parse_qs(query or "").get("revision", [None])[-1]
-    reference = Reference(repo, None, revision or _own_commit(folder, repo))
+    try:
+        reference = Reference(repo, None, revision or _own_commit(folder, repo))
+    except ValueError as error:
+        raise FormatError(f"{where} lists {text}: {error}") from error
     if reference not in opened:
         opened[reference] = folder.elsewhere(str(reference))
-    path = PurePosixPath(inside)
-    root = opened[reference]
-    return root if path.parent == PurePosixPath() else root / str(path.parent), path.name
+    return _below(opened[reference], PurePosixPath(inside))
+
+
+def _place_here(folder: Folder, text: str, where: str) -> tuple[Folder, str]:
+    """Do so for a path, which on this machine may lead out of the folder, and on the Hub may not."""
+    path = PurePosixPath(text)
+    if not path.is_absolute() and ".." not in path.parts:
+        return _below(folder, path)
+    if isinstance(folder, RemoteFolder):
+        raise FormatError(f"{where} lists {text}, which is on no one else's machine")
+    return folder.elsewhere(str(folder.path / path.parent)), path.name
+
+
+def _below(folder: Folder, path: PurePosixPath) -> tuple[Folder, str]:
+    return folder if path.parent == PurePosixPath() else folder / str(path.parent), path.name
 
 
 def _own_commit(folder: Folder, repo: str) -> str | None:
     """Return the commit of a listing that names files of its own repository: theirs is the same."""
-    if not folder.source.startswith("hf://"):
-        return None
-    own = Reference.parse(folder.source)
-    return own.revision if own.repo == repo else None
+    if isinstance(folder, RemoteFolder) and folder.repository.name == repo:
+        return folder.repository.commit
+    return None
 
 
 FORMATS.add(Listing.name, Listing())

@@ -16,14 +16,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor
 
-from clt_plugin.core import FORMATS, FormatError, Host, Piece, ReLU, Wiring
+from clt_plugin.core import FORMATS, Host, Piece, ReLU, Wiring
 from clt_plugin.formats._description import Description, Formula
 from clt_plugin.formats._hooks import RESIDUAL_HOOKS, site_of, split_block
-from clt_plugin.formats._layers import peek
+from clt_plugin.formats._layers import count, peek
 from clt_plugin.hub import Folder
 
 CONFIG, WEIGHTS = "cfg.json", "cc_weights.pt"
@@ -48,7 +47,7 @@ class ModelDiffPickle:
     def describe(self, folder: Folder) -> Description:
         """Say which tensor lies where, and warn that it acts on scaled activations."""
         config, where = folder.json(CONFIG), f"{folder.label}/{CONFIG}"
-        d, n = _size(where, config, "d_in"), _size(where, config, "dict_size")
+        d, n = count(where, config, "d_in"), count(where, config, "dict_size")
         layer, hook = split_block(str(config.get("hook_point")), where)
         wiring = Wiring.model_diff(MODELS, layer, site_of(hook, RESIDUAL_HOOKS, where))
         file, models = folder.file(WEIGHTS), range(len(MODELS))
@@ -117,13 +116,6 @@ def _divided(bias: Piece | Formula, factor: float) -> Piece | Formula:
         return bias.of(*tensors) / factor
 
     return Formula(of, bias.pieces)
-
-
-def _size(where: str, config: Mapping[str, Any], key: str) -> int:
-    size = config.get(key)
-    if not isinstance(size, int) or size < 1:
-        raise FormatError(f"{where} must give {key}, a whole number, not {size!r}")
-    return size
 
 
 FORMATS.add(ModelDiffPickle.name, ModelDiffPickle())

@@ -21,7 +21,7 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, Activation, Crosscoder, FormatError, Host, Layout, Piece, Wiring, WiringError
 from clt_plugin.core.errors import RegistryError
 from clt_plugin.formats._description import Description
-from clt_plugin.formats._files import Rows, decoder_rows, encoder_rows, save_tensors, whole_folder
+from clt_plugin.formats._files import Rows, decoder_rows, encoder_rows, plain, save_tensors, whole_folder
 from clt_plugin.hub import Folder
 
 SCHEMA_VERSION = 1
@@ -103,7 +103,7 @@ class Native:
             "has_decoder_norms": norms is not None,
             "host": crosscoder.host.to_dict(),
             "is_partial": crosscoder.is_partial,
-            "metadata": crosscoder.metadata,
+            "metadata": plain(crosscoder.metadata, "metadata"),
         }
         with whole_folder(folder, overwrite) as aside:
             for g in range(crosscoder.wiring.n_groups):

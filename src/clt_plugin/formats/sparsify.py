@@ -11,7 +11,8 @@ where c is ``b_dec`` unless the config says ``transcode: true``, and 0 then. Tra
 such key and subtract ``b_dec`` as well (commit f02711e of github.com/EleutherAI/sparsify). An autoencoder reads and
 writes the module's output; a transcoder reads its input and writes its output.
 
-A folder of such folders is a crosscoder with a group a layer. ``config.json`` beside them is the run's.
+A folder of such folders is a crosscoder with a group a layer. ``config.json`` beside them is the run's, and names the
+``model``.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any
 from clt_plugin.core import FORMATS, MODEL, FormatError, Host, Piece, Site, TopK
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula, join
-from clt_plugin.formats._layers import check_config, of_centred_input, one_layer, peek, shape_of
+from clt_plugin.formats._layers import check_config, count, of_centred_input, one_layer, peek, shape_of, text
 from clt_plugin.hub import Folder
 
 CONFIG, RUN, WEIGHTS = "cfg.json", "config.json", "sae.safetensors"
@@ -54,11 +55,13 @@ class Sparsify:
                     f"{folder.label} does not say which module it is of: the folder that holds {CONFIG} is expected to "
                     "be named after it, such as layers.3.mlp"
                 )
-            return _describe_one(folder, name, folder.headers([WEIGHTS])[WEIGHTS], None)
+            return _describe_one(folder, name, folder.headers([WEIGHTS])[WEIGHTS], _run_above(folder))
         names = _one_a_layer(folder)
         run = folder.json(RUN) if RUN in folder else None
         trained = (run or {}).get("hookpoints") or []
-        missing = [name for name in trained if HOOKPOINT.fullmatch(name) and name not in names]
+        if not isinstance(trained, list):
+            raise FormatError(f"{folder.label}/{RUN} says hookpoints {trained!r}, where a list was expected")
+        missing = [name for name in map(str, trained) if HOOKPOINT.fullmatch(name) and name not in names]
         if missing:
             raise FormatError(
                 f"{folder.label}/{RUN} lists {', '.join(missing[:4])}, which the folder lacks: it is incomplete, fetch "
@@ -68,6 +71,13 @@ class Sparsify:
         headers = folder.headers(files.values())
         parts = [_describe_one(folder / name, name, headers[file], run) for name, file in files.items()]
         return join(parts, folder.label, self.name, parts[0].wiring.name.partition("(")[0] + "({n})")
+
+
+def _run_above(folder: Folder) -> dict[str, Any] | None:
+    """Return the config of the run that one of its folders is of, where it lies above it."""
+    above = folder.parent
+    config = {} if above is None else peek(above, RUN)
+    return config if "hookpoints" in config else None
 
 
 def _is_one(folder: Folder) -> bool:
@@ -120,23 +130,21 @@ def _describe_one(folder: Folder, name: str, header: Header, run: Mapping[str, A
         d,
         (n,),
         _activation(where, config),
-        Host(),
+        Host(text(f"{RUN} above {folder.label}", run or {}, "model")),
         weights,
         {("b_enc", 0): b_enc, ("b_dec", 0): b_dec},
     )
 
 
 def _activation(where: str, config: Mapping[str, Any]) -> TopK:
-    kind, k = config.get("activation", "topk"), config.get("k")
+    kind = config.get("activation", "topk")
     if kind != "topk":
         raise FormatError(
             f"{where} says activation {kind!r}, which keeps the largest of each group of latents: only topk can be read"
         )
     if config.get("signed"):
         raise FormatError(f"{where} says signed: negative activations would be kept, and here they are 0")
-    if not isinstance(k, int) or k < 1:
-        raise FormatError(f"{where} gives no k (found {k!r}): how many latents to keep is expected under that name")
-    return TopK(k)
+    return TopK(count(where, config, "k"))
 
 
 def _is_transcoder(

@@ -23,7 +23,7 @@ from clt_plugin.core import FORMATS, MODEL, Activation, FormatError, Host, JumpR
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description
 from clt_plugin.formats._hooks import RESIDUAL_HOOKS, site_of
-from clt_plugin.formats._layers import check_layers, peek, shape_of
+from clt_plugin.formats._layers import check_layers, count, peek, shape_of, text
 from clt_plugin.formats._one_layer import Listed, Tensors, describe_layer, join_layers
 from clt_plugin.hub import Folder
 
@@ -81,10 +81,10 @@ class TranscoderBundle:
 
 def said_by(config: dict[str, Any], where: str, layer: int) -> Listed:
     """Return what a ``config.yaml`` says of one of its layers."""
-    sites = {verb: site_of(config[key], RESIDUAL_HOOKS, where) for verb, key in HOOKS.items() if config.get(key)}
-    model_name, activation, k = (config.get(key) for key in ("model_name", "activation", "k"))
-    if k is not None and not (isinstance(k, int) and k >= 1):
-        raise FormatError(f"{where} says k {k!r}, where a whole number of at least 1 was expected")
+    hooks = {verb: text(where, config, key) for verb, key in HOOKS.items()}
+    sites = {verb: site_of(hook, RESIDUAL_HOOKS, where) for verb, hook in hooks.items() if hook}
+    model_name, activation = (text(where, config, key) for key in ("model_name", "activation"))
+    k = None if config.get("k") is None else count(where, config, "k")
     if k is not None and activation is None:
         raise FormatError(f"{where} gives k {k} and no activation: say activation: topk if it is meant, else drop k")
     return Listed(**sites, layer=layer, model_name=model_name, activation=activation, k=k)

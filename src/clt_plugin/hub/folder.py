@@ -13,6 +13,8 @@ import yaml
 
 from clt_plugin.core import File, FormatError, HubError
 from clt_plugin.core.files import Header
+from clt_plugin.hub._context import Context
+from clt_plugin.hub.reference import stays_inside
 
 
 class Folder:
@@ -21,10 +23,15 @@ class Folder:
     Attributes:
         path: Where it is.
         label: How messages name it.
+        context: How to ask for what it names on the Hub.
     """
 
-    def __init__(self, path: Path, label: str | None = None) -> None:
-        self.path, self.label = path, path.name if label is None else label
+    is_listed = True
+    """Whether all its files are known: not so offline, of a folder of the Hub that was cached without a listing."""
+
+    def __init__(self, path: Path, label: str | None = None, context: Context | None = None) -> None:
+        self.path, self.label = path, _name(path) if label is None else label
+        self.context = context or Context()
         self._configs: dict[str, Any] = {}
 
     # ---------------------------------------------------------------- what it holds
@@ -44,13 +51,18 @@ class Folder:
         return name in self.names
 
     def __truediv__(self, name: str) -> Folder:
-        return type(self)(self.path / name, f"{self.label}/{name}")
+        self._check_inside(name)
+        return Folder(self.path / name, f"{self.label}/{name}", self.context)
+
+    def _check_inside(self, name: str) -> None:
+        if not stays_inside(name):
+            raise FormatError(f"{self.label}: {name!r} is no folder inside it: write plain names between slashes")
 
     @property
     def parent(self) -> Folder | None:
         """The folder that it lies in, where what several folders share may be; None for the outermost."""
         path = Path(os.path.abspath(self.path))
-        return None if path.parent == path else Folder(path.parent, path.parent.name or "/")
+        return None if path.parent == path else Folder(path.parent, path.parent.name or "/", self.context)
 
     @property
     def source(self) -> str:
@@ -106,10 +118,10 @@ class Folder:
         return self._configs[name]
 
     def elsewhere(self, reference: str) -> Folder:
-        """Open a folder of another repository, which a config names."""
-        from clt_plugin.hub.places import open_folder
+        """Open a folder of another repository, which a config names, with the same token, revisions and commits."""
+        from clt_plugin.hub.places import open_with
 
-        return open_folder(reference)
+        return open_with(reference, self.context)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.label}>"
@@ -117,4 +129,9 @@ class Folder:
 
 def natural(name: str) -> list[Any]:
     """Return a key that sorts names by the numbers in them: ``layer_2`` before ``layer_10``."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def _name(path: Path) -> str:
+    """Return what a folder is called, also one that is given as ``.`` or ``..``."""
+    return path.name if path.name not in ("", "..") else Path(os.path.abspath(path)).name or "/"

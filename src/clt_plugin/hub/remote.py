@@ -1,38 +1,32 @@
-"""Repositories on the Hugging Face Hub, at one commit: listed, read by byte ranges, fetched whole.
-
-What is known of a commit never changes, so the listing and every range of bytes that was read are kept (in
-huggingface_hub's folder for assets), beside the files themselves (in its cache, in its own layout). A second run, or
-one offline, asks for nothing that was asked before.
-"""
+"""Folders and files of the Hugging Face Hub, as formats see them: read from the cache, else by ranges of bytes."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import glob
 import io
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
 
 from clt_plugin.core import File, FormatError, HubError
-from clt_plugin.core.files import DTYPES, Header, read_npz
+from clt_plugin.core.files import AGAIN, DTYPES, Header, read_npz, said
+from clt_plugin.hub._cache import is_whole
+from clt_plugin.hub._context import Context
+from clt_plugin.hub._requests import Repository, Tree
 from clt_plugin.hub.folder import Folder, natural
 from clt_plugin.hub.reference import Reference
 
 HEADER_BYTES = 2**16
 """How much of a safetensors file is asked for at first: the headers of most are shorter."""
+
+LARGEST_HEADER = 100_000_000
+"""How long a safetensors header may be, by its specification."""
 
 COUNTS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 """The dtypes of what is not a weight, such as a stored k."""
@@ -41,122 +35,18 @@ AT_ONCE = 8
 """How many requests are under way at a time."""
 
 
-@dataclass(frozen=True, eq=False)
-class Repository:
-    """A repository of the Hub at one commit.
-
-    Attributes:
-        name: ``owner/name``.
-        commit: 40 hexadecimal digits.
-        token: A token; None for the stored one.
-        revisions: Which revisions to take of repositories that this one names.
-    """
-
-    name: str
-    commit: str
-    token: str | None = None
-    revisions: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def open(cls, reference: Reference, token: str | None, revisions: Mapping[str, str]) -> Repository:
-        """Find out which commit a revision is; offline, from the cache."""
-        revision = reference.revision or revisions.get(reference.repo) or "main"
-        commit = revision if _is_commit(revision) else _resolve(reference.repo, revision, token)
-        return cls(reference.repo, commit, token, revisions)
-
-    @property
-    def label(self) -> str:
-        """How messages name it."""
-        return f"{self.name}@{self.commit[:7]}"
-
-    @property
-    def snapshot(self) -> Path:
-        """Where its files are, or will be once fetched."""
-        return _cache_folder(self.name) / "snapshots" / self.commit
-
-    @property
-    def assets(self) -> Path:
-        """Where what is known of it besides is kept."""
-        from huggingface_hub import cached_assets_path
-
-        return Path(cached_assets_path("clt_plugin", self.name, self.commit))
-
-    def sizes(self, prefix: str) -> dict[str, int | None]:
-        """Return {path: size in bytes} of every file below a folder; offline and never listed, of those at hand."""
-        known = self.assets / "trees" / f"{_flat(prefix) or 'root'}.json"
-        if known.is_file():
-            return json.loads(known.read_text(encoding="utf-8"))
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import EntryNotFoundError
-        from huggingface_hub.hf_api import RepoFile
-
-        try:
-            with explained(self.name, self.commit):
-                listed = HfApi(token=self.token).list_repo_tree(
-                    self.name, prefix or None, recursive=True, revision=self.commit
-                )
-                sizes: dict[str, int | None] = {item.path: item.size for item in listed if isinstance(item, RepoFile)}
-        except HubError as error:
-            if isinstance(error.__cause__, EntryNotFoundError):
-                raise FormatError(f"{self.label} has no folder {prefix}") from error
-            here = self.snapshot / prefix
-            if not is_connection_error(error.__cause__) or not here.is_dir():
-                raise
-            # Nothing says whether this is all there is: formats find gaps, and what is missing is asked for later.
-            found = (path for path in here.rglob("*") if path.is_file())
-            return {path.relative_to(self.snapshot).as_posix(): path.stat().st_size for path in found}
-        _write(known, json.dumps(sizes).encode())
-        return sizes
-
-    def fetch(self, paths: Iterable[str]) -> None:
-        """Bring files into the cache, with a progress bar; what an interrupted run has brought is kept."""
-        from huggingface_hub import snapshot_download
-
-        missing = [path for path in paths if not (self.snapshot / path).is_file()]
-        if not missing:
-            return
-        with explained(self.name, self.commit, missing):
-            snapshot_download(
-                self.name, revision=self.commit, token=self.token, allow_patterns=[glob.escape(p) for p in missing]
-            )
-        absent = [path for path in missing if not (self.snapshot / path).is_file()]
-        if absent:
-            raise HubError(f"{self.label} has no {', '.join(absent[:4])}: its listing names files that are not there")
-
-    def read(self, path: str, start: int, stop: int) -> bytes:
-        """Read a range of a file's bytes, once: afterwards it is known."""
-        known = self.assets / "ranges" / f"{_flat(path)}.{start}-{stop}"
-        if known.is_file() and known.stat().st_size == stop - start:
-            return known.read_bytes()
-        from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
-
-        headers = build_hf_headers(token=self.token, library_name="clt_plugin")
-        headers["Range"] = f"bytes={start}-{stop - 1}"
-        url = hf_hub_url(self.name, path, revision=self.commit)
-        with explained(self.name, self.commit, [path]):
-            with http_stream_backoff("GET", url, headers=headers, follow_redirects=True) as response:
-                hf_raise_for_status(response)
-                # A server that knows no ranges would send the whole file, gigabytes of it.
-                data = response.read() if response.status_code == 206 else b""
-        if len(data) != stop - start:
-            raise HubError(f"{self.label}/{path}: asked for bytes {start} to {stop}, got {len(data):,} bytes")
-        _write(known, data)
-        return data
-
-
-def open_remote(reference: Reference, token: str | None, revisions: Mapping[str, str]) -> RemoteFolder:
+def open_remote(reference: Reference, context: Context) -> RemoteFolder:
     """Open a folder of the Hub; its listing is asked for now, everything else when it is needed."""
-    repository = Repository.open(reference, token, revisions)
-    prefix = reference.folder or ""
-    fixed = "/".join(_before_pattern(prefix.split("/")))
-    folder = RemoteFolder(repository, fixed, repository.sizes(fixed))
+    repository = Repository.open(reference, context)
+    fixed = "/".join(before_pattern((reference.folder or "").split("/")))
+    folder = RemoteFolder(repository, fixed, repository.tree(fixed))
     if not folder.names and not folder.folders:
         raise FormatError(f"{repository.label} has no folder {fixed or 'with files'}")
     return folder
 
 
-def _before_pattern(parts: list[str]) -> Iterator[str]:
+def before_pattern(parts: Iterable[str]) -> Iterator[str]:
+    """Yield the parts of a path that come before the first with a ``*``."""
     for part in parts:
         if "*" in part:
             return
@@ -166,13 +56,22 @@ def _before_pattern(parts: list[str]) -> Iterator[str]:
 class RemoteFolder(Folder):
     """A folder of a repository of the Hub, at one commit."""
 
-    def __init__(self, repository: Repository, prefix: str, sizes: Mapping[str, int | None]) -> None:
-        super().__init__(repository.snapshot / prefix, "/".join(filter(None, (repository.label, prefix))))
-        self.repository, self.prefix, self.sizes = repository, prefix, sizes
+    def __init__(self, repository: Repository, prefix: str, tree: Tree) -> None:
+        label = "/".join(filter(None, (repository.label, prefix)))
+        super().__init__(repository.snapshot / prefix, label, repository.context)
+        self.repository, self.prefix, self.tree = repository, prefix, tree
+
+    @property
+    def is_listed(self) -> bool:  # type: ignore[override]
+        """Whether all its files are known."""
+        return self.tree.is_complete
+
+    def _path(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
 
     def _below(self) -> Iterator[str]:
-        start = f"{self.prefix}/" if self.prefix else ""
-        return (path[len(start) :] for path in self.sizes if path.startswith(start))
+        start = self._path("")
+        return (path[len(start) :] for path in self.tree.sizes if path.startswith(start))
 
     @property
     def names(self) -> list[str]:
@@ -190,7 +89,7 @@ class RemoteFolder(Folder):
         if not self.prefix:
             return None
         above = self.prefix.rpartition("/")[0]
-        return RemoteFolder(self.repository, above, self.repository.sizes(above))
+        return RemoteFolder(self.repository, above, self.repository.tree(above))
 
     @property
     def source(self) -> str:
@@ -198,17 +97,19 @@ class RemoteFolder(Folder):
         return str(Reference(self.repository.name, self.prefix or None, self.repository.commit))
 
     def __truediv__(self, name: str) -> RemoteFolder:
-        return RemoteFolder(self.repository, f"{self.prefix}/{name}" if self.prefix else name, self.sizes)
+        self._check_inside(name)
+        return RemoteFolder(self.repository, self._path(name), self.tree)
 
     def file(self, name: str) -> RemoteFile:
         """Return a file of tensors."""
-        path = f"{self.prefix}/{name}" if self.prefix else name
+        self._check_inside(name)
+        path = self._path(name)
         return RemoteFile(
             str(self.repository.snapshot / path),
             f"{self.label}/{name}",
             repository=self.repository,
             remote_path=path,
-            listed_size=self.sizes.get(path),
+            listed_size=self.tree.sizes.get(path),
         )
 
     def headers(self, names: Iterable[str]) -> dict[str, Header]:
@@ -219,17 +120,10 @@ class RemoteFolder(Folder):
 
     def text(self, name: str) -> str:
         """Read a small text file, from the cache if it is there."""
-        if (self.path / name).is_file():
+        file = self.file(name)
+        if file.is_here:
             return super().text(name)
-        path = f"{self.prefix}/{name}" if self.prefix else name
-        size = self.sizes.get(path)
-        return self.repository.read(path, 0, size).decode("utf-8") if size else ""
-
-    def elsewhere(self, reference: str) -> Folder:
-        """Open a folder of another repository, which a config names."""
-        from clt_plugin.hub.places import open_folder
-
-        return open_folder(reference, self.repository.token, self.repository.revisions)
+        return file.read_bytes(0, file.listed_size).decode("utf-8") if file.listed_size else ""
 
 
 @dataclass(frozen=True)
@@ -252,66 +146,110 @@ class RemoteFile(File):
         return str(Reference(self.repository.name, revision=self.repository.commit))
 
     @property
+    def is_here(self) -> bool:
+        """Whether it is in the cache, as long as it is listed: one that was cut short counts as not there."""
+        return is_whole(self.path, self.listed_size)
+
+    @property
     def size(self) -> int | None:
         """Its size in bytes, or None where that is not known."""
         return File.size.fget(self) if self.is_here else self.listed_size  # type: ignore[attr-defined]
 
+    def read_bytes(self, start: int, stop: int) -> bytes:
+        """Read a range of its bytes, wherever it is."""
+        return self.repository.read(self.remote_path, start, stop, self.listed_size)
+
+    def fetch(self) -> None:
+        """Bring it into the cache."""
+        self.repository.fetch({self.remote_path: self.listed_size})
+
     def header(self) -> Header:
-        """Return {key: (shape, dtype)}, without fetching the file."""
-        if self.is_here or self.remote_path.endswith((".pt", ".pth", ".bin")):
-            if not self.is_here:  # a pickle has no header to read ahead
-                self.repository.fetch([self.remote_path])
+        """Return {key: (shape, dtype)}, without fetching the file; a pickle has no header to read ahead."""
+        if not self.is_here and self.remote_path.endswith((".pt", ".pth", ".bin")):
+            self.fetch()
+        if self.is_here:
             return File.header(self)
         if self.listed_size == 0:
             raise FormatError(f"{self} is empty on the Hub (0 bytes): it was published so; ask its authors")
-        if self.remote_path.endswith(".npz"):
-            with io.BufferedReader(_Ranges(self)) as stream:  # type: ignore[arg-type]
-                return {key: (entry.shape, entry.dtype) for key, entry in read_npz(stream).items()}
-        header = self._safetensors_header()[1]
-        return {key: (tuple(info["shape"]), DTYPES.get(info["dtype"], info["dtype"])) for key, info in header.items()}
+        with said(f"{self} is truncated or damaged on the Hub", "ask its authors"):
+            if self.remote_path.endswith(".npz"):
+                with io.BufferedReader(_Ranges(self)) as stream:  # type: ignore[arg-type]
+                    return {key: (entry.shape, entry.dtype) for key, entry in read_npz(stream).items()}
+            spans = self._spans()
+        return {key: (span.shape, DTYPES.get(span.dtype, span.dtype)) for key, span in spans.items()}
 
-    def _safetensors_header(self) -> tuple[int, dict[str, Any]]:
-        """Return where the data begin, and the header."""
+    def _spans(self) -> dict[str, _Span]:
+        """Return where the tensors of a safetensors file lie."""
         size = self.listed_size
-        first = self.repository.read(self.remote_path, 0, min(HEADER_BYTES, size or HEADER_BYTES))
+        first = self.read_bytes(0, min(HEADER_BYTES, size or HEADER_BYTES))
         start = 8 + int.from_bytes(first[:8], "little")
-        try:
-            if size is not None and start > size:
-                raise ValueError("its header is longer than the file")
-            if start > len(first):
-                first += self.repository.read(self.remote_path, len(first), start)
-            header = json.loads(first[8:start])
-            header.pop("__metadata__", None)
-            end = start + max((info["data_offsets"][1] for info in header.values()), default=0)
-            if size is not None and end != size:
-                raise ValueError(f"it has {size:,} bytes, where its header speaks of {end:,}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FormatError(f"{self} is damaged on the Hub ({error}): ask its authors") from error
-        return start, header
+        if start > LARGEST_HEADER or (size is not None and start > size):
+            raise ValueError(f"its header would have {start - 8:,} bytes")
+        if start > len(first):
+            first += self.read_bytes(len(first), start)
+        return _spans(json.loads(first[8:start]), start, size)
 
     def read(self, key: str, at: tuple[int, ...] = (), rows: Tensor | slice | None = None) -> Tensor:
         """Return (part of) a tensor, see `File.read`; of a file that is not here, by ranges of bytes."""
         if not self.is_here and not self.remote_path.endswith(".safetensors"):
-            self.repository.fetch([self.remote_path])
+            self.fetch()
         if self.is_here:
             return File.read(self, key, at, rows)
-        start, header = self._safetensors_header()
-        info = header[key]
-        dtype, shape = (DTYPES | COUNTS)[info["dtype"]], list(info["shape"])
-        offset = start + info["data_offsets"][0]
-        for index in at:
-            shape.pop(0)
-            offset += index * prod(shape) * dtype.itemsize
-        wanted = [*range(shape[0])[rows]] if isinstance(rows, slice) else None if rows is None else rows.tolist()
-        if wanted is None:
-            data = self.repository.read(self.remote_path, offset, offset + prod(shape) * dtype.itemsize)
-            return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
-        if not wanted:
-            return torch.empty(0, *shape[1:], dtype=dtype)
-        length = prod(shape[1:]) * dtype.itemsize
-        ranges = [(offset + row * length, offset + (row + 1) * length) for row in wanted]
-        parts = _at_once(lambda r: self.repository.read(self.remote_path, *r), ranges)
-        return torch.frombuffer(bytearray(b"".join(parts)), dtype=dtype).reshape(len(wanted), *shape[1:])
+        with said(f"{self}: cannot read {key}", AGAIN):
+            span = self._spans()[key]
+            dtype, shape, offset = (DTYPES | COUNTS)[span.dtype], list(span.shape), span.start
+            for index in at:
+                offset += range(shape.pop(0))[index] * prod(shape) * dtype.itemsize
+            if rows is None:
+                data = self.read_bytes(offset, offset + prod(shape) * dtype.itemsize)
+                return _tensor(data, dtype, shape)
+            everyone = range(shape[0])
+            wanted = everyone[rows] if isinstance(rows, slice) else [everyone[row] for row in rows.tolist()]
+            length = prod(shape[1:]) * dtype.itemsize
+            ranges = [(offset + row * length, offset + (row + 1) * length) for row in wanted]
+            parts = _at_once(lambda bounds: self.read_bytes(*bounds), ranges)
+            return _tensor(b"".join(parts), dtype, [len(wanted), *shape[1:]])
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Where a tensor lies in a safetensors file: its shape, dtype by name, and first byte."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    start: int
+
+
+def _spans(header: dict[str, Any], start: int, size: int | None) -> dict[str, _Span]:
+    """Return where tensors lie; refuse a header that contradicts itself, or the size of the file.
+
+    Args:
+        header: {key: dtype, shape and offsets}.
+        start: Where the data begin.
+        size: How many bytes the file has.
+    """
+    header.pop("__metadata__", None)
+    try:
+        said_of = {key: (*info["data_offsets"], tuple(info["shape"]), info["dtype"]) for key, info in header.items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError("a tensor of its header lacks a dtype, shape or offsets") from error
+    spans, end = {}, 0
+    for key, (begin, stop, shape, dtype) in sorted(said_of.items(), key=lambda item: item[1][:2]):
+        if not all(type(n) is int and n >= 0 for n in (*shape, begin, stop)) or begin != end or stop < begin:
+            raise ValueError(f"{key}, of shape {shape}, is said to lie at bytes {begin} to {stop}, after byte {end}")
+        known = (DTYPES | COUNTS).get(dtype)
+        if known is not None and stop - begin != prod(shape) * known.itemsize:
+            raise ValueError(f"{key} is given {stop - begin:,} bytes, where {shape} of {dtype} was expected")
+        spans[key], end = _Span(shape, dtype, start + begin), stop
+    if size is not None and start + end != size:
+        raise ValueError(f"it has {size:,} bytes, where its header speaks of {start + end:,}")
+    return spans
+
+
+def _tensor(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    if not data:  # which frombuffer refuses
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
 class _Ranges(io.RawIOBase):
@@ -337,7 +275,7 @@ class _Ranges(io.RawIOBase):
         stop = min(self.position + len(buffer), self.size)
         if stop <= self.position:
             return 0
-        data = self.file.repository.read(self.file.remote_path, self.position, stop)
+        data = self.file.read_bytes(self.position, stop)
         buffer[: len(data)] = data
         self.position = stop
         return len(data)
@@ -363,7 +301,7 @@ def fetch(files: Iterable[File]) -> None:
     needed = sum(file.listed_size or 0 for group in missing.values() for file in group)
     for repository, group in missing.items():
         _check_space(repository, needed)
-        repository.fetch(file.remote_path for file in group)
+        repository.fetch({file.remote_path: file.listed_size for file in group})
 
 
 def _check_space(repository: Repository, needed: int) -> None:
@@ -381,120 +319,3 @@ def _at_once(function: Callable[[Any], Any], items: list[Any]) -> list[Any]:
         return [function(item) for item in items]
     with ThreadPoolExecutor(min(AT_ONCE, len(items))) as pool:
         return list(pool.map(function, items))
-
-
-# ---------------------------------------------------------------- commits and caches
-
-
-def _is_commit(revision: str) -> bool:
-    return len(revision) == 40 and all(digit in "0123456789abcdef" for digit in revision)
-
-
-def _cache_folder(repo: str) -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-
-
-def _resolve(repo: str, revision: str, token: str | None) -> str:
-    """Return the commit that a branch or tag is at; offline, the one it was at when it was last asked for."""
-    from huggingface_hub import HfApi, cached_assets_path
-
-    ours = Path(cached_assets_path("clt_plugin", repo, "refs")) / _flat(revision)
-    try:
-        with explained(repo, revision):
-            commit = HfApi(token=token).model_info(repo, revision=revision).sha
-    except HubError as error:
-        if not is_connection_error(error.__cause__):
-            raise
-        known = [path for path in (ours, _cache_folder(repo) / "refs" / revision) if path.is_file()]
-        if not known:
-            raise
-        return max(known, key=lambda path: path.stat().st_mtime).read_text(encoding="utf-8").strip()
-    if not commit:
-        raise HubError(f"the Hub does not say which commit {repo}@{revision} is")
-    _write(ours, commit.encode())
-    return commit
-
-
-def _flat(path: str) -> str:
-    return quote(path, safe="")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a small file aside and rename it, so that no other run reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(aside)
-        raise
-
-
-# ---------------------------------------------------------------- what to say when it fails
-
-
-TOKEN = "give a token, by `hf auth login`, HF_TOKEN or token="
-
-
-@contextlib.contextmanager
-def explained(repo: str, revision: str, paths: Iterable[str] = ()) -> Iterator[None]:
-    """Turn the Hub's errors into one that says what to do next."""
-    try:
-        yield
-    except Exception as error:
-        message = _explanation(error, repo, revision, list(paths))
-        if message is None:
-            raise
-        raise HubError(message) from error
-
-
-def _explanation(error: Exception, repo: str, revision: str, paths: list[str]) -> str | None:
-    """Say what an error of huggingface_hub means and what to do next; None for one that is not about the Hub."""
-    from huggingface_hub import errors
-
-    where = f"{repo}@{revision[:7] if _is_commit(revision) else revision}"
-    what = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-    if isinstance(error, errors.GatedRepoError):  # a kind of RepositoryNotFoundError
-        return f"{repo} is gated: accept its terms at https://huggingface.co/{repo}, then {TOKEN}"
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no repository {repo} on the Hub, or it is private: check the name, or {TOKEN}"
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} has no revision {revision}: its page lists the branches, tags and commits"
-    if is_offline(error):
-        return (
-            f"{where}: {what or 'it'} is not in the cache, and HF_HUB_OFFLINE is set: unset it, or fetch it where "
-            "there is a connection"
-        )
-    if isinstance(error, errors.RemoteEntryNotFoundError):
-        return f"{where} has no {what or 'such entry'}"
-    if isinstance(error, errors.HfHubHTTPError):
-        return f"{where}: the Hub answered with an error ({_line(error)}): try again later"
-    if is_connection_error(error):
-        return f"{where}: the connection failed ({_line(error)}): run it again, the files that have come are kept"
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"{where}: the disk is full while fetching {what}: make room and run it again"
-    return None
-
-
-def is_offline(error: BaseException | None) -> bool:
-    """Whether an error says that the Hub may not be asked."""
-    from huggingface_hub import constants, errors
-
-    nothing_here = isinstance(error, errors.LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
-    return isinstance(error, errors.OfflineModeIsEnabled) or nothing_here
-
-
-def is_connection_error(error: BaseException | None) -> bool:
-    """Whether an error says that the Hub was not reached, or the connection cut."""
-    # By name: the client's own classes change with its versions (httpx, httpx2).
-    names = {kind.__name__ for kind in type(error).__mro__} if error else set()
-    return bool(names & {"TransportError", "ConnectionError", "LocalEntryNotFoundError"})
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

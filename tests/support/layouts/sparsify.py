@@ -78,7 +78,8 @@ def autoencoders(n_layers: int, site: str) -> cp.Wiring:
 
 
 MLPS = ["layers.0.mlp", "layers.1.mlp", "layers.2.mlp"]
-RUN = {"hookpoints": MLPS, "transcode": False}
+MODEL = "HuggingFaceTB/SmolLM2-135M"
+RUN = {"model": MODEL, "hookpoints": MLPS, "transcode": False}
 ACTIVATION = f"TopK(k={K}, scope='group', score='activation')"
 LAYOUTS = [
     Layout(
@@ -110,12 +111,12 @@ LAYOUTS = [
     Layout(
         "sparsify, skip transcoders of every layer", NAME,
         lambda folder: write(folder, "skip", MLPS, RUN | {"transcode": True}),
-        cp.Wiring.plt(3, *SITES).with_skips(), ACTIVATION, cp.Host(), "layers.1.mlp/sae.safetensors",
+        cp.Wiring.plt(3, *SITES).with_skips(), ACTIVATION, cp.Host(MODEL), "layers.1.mlp/sae.safetensors",
     ),
     Layout(
         "sparsify, autoencoders of every layer, as the run says", NAME,
         lambda folder: write(folder, "2024", MLPS, RUN),
-        autoencoders(3, "mlp_out_before_norm"), ACTIVATION, cp.Host(), "layers.2.mlp/sae.safetensors",
+        autoencoders(3, "mlp_out_before_norm"), ACTIVATION, cp.Host(MODEL), "layers.2.mlp/sae.safetensors",
     ),
     Layout(
         "sparsify, autoencoders named with a star", NAME,
