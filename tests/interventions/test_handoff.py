@@ -27,7 +27,8 @@ FAMILIES = ("gpt2", "llama", "gemma2", "gemma3", "olmo2", "gpt_neox", "gpt_neox_
 # Longer than the sliding windows of 4, the second row padded.
 IDS = torch.tensor([[0, 5, 17, 33, 60, 2, 41, 8, 22], [1, 1, 0, 9, 9, 58, 3, 30, 12]])
 MASK = (torch.arange(9) >= torch.tensor([[0], [2]])).long()
-INPUTS = {"input_ids": IDS, "attention_mask": MASK}
+# With the positions that `intervene` itself would give, for the oracle's runs.
+INPUTS = {"input_ids": IDS, "attention_mask": MASK, "position_ids": (MASK.cumsum(-1) - 1).clamp(min=0)}
 # Most families' norms and softmax round to float32 whatever their input.
 CLOSE = {"rtol": 0, "atol": 2e-6}
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -247,6 +248,34 @@ def test_whole_outputs_equal_the_oracle(family, case):
     result = intervene(model_of(family), INPUTS, edit)
     assert_close(real(result.logits), real(wanted), **CLOSE)
     assert (real(result.logits) - real(result.baseline)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_a_norm_is_frozen_only_where_a_handoff_with_a_frozen_norm_acts(family):
+    """Two into one layer, each with its own norm; elsewhere the norm follows what changed before it."""
+    edit = chain(
+        only(ablate_handoff(0, 1), position=slice(0, 2)),
+        only(ablate_handoff(0, 2), position=slice(0, 2)),
+        only(ablate_handoff(0, 2, norm="frozen"), position=slice(2, 4)),
+        only(ablate_handoff(1, 2, norm="frozen"), position=slice(2, 4)),
+    )
+    hf, runs, mids = model_of(family), [], []
+    watch(hf, family, runs)
+    norm = getattr(blocks(hf)[2], _BLOCKS[family][0])
+    norm.register_forward_pre_hook(lambda m, a: mids.append(a[0]))
+    intervene(hf, INPUTS, edit)
+    ablated, (plain_mid, mid) = runs[1], mids
+    position = MASK.cumsum(-1) - 1
+    live = (position < 2) & MASK.bool()
+    frozen = (position >= 2) & (position < 4)
+    x = mid - (live | frozen)[..., None] * ablated["mlp_out", 0] - frozen[..., None] * ablated["mlp_out", 1]
+    norm = copy.deepcopy(norm)
+    norm._forward_pre_hooks.clear()
+    wanted = torch.where(frozen[..., None], frozen_norm(norm, family, plain_mid, x), norm.forward(x))
+    assert_close(real(ablated["mlp_in", 2]), real(wanted), **CLOSE)
+    elsewhere = ~(live | frozen) & MASK.bool()
+    assert (mid - plain_mid)[elsewhere].abs().max() > 1e-6
+    assert (norm.forward(x) - frozen_norm(norm, family, plain_mid, x))[elsewhere].abs().max() > 5e-6
 
 
 @pytest.mark.parametrize("norm", ["live", "frozen"])
@@ -674,6 +703,40 @@ def test_a_subspace_is_a_span():
     assert ablate_handoff(0, 1).of_output(0, x.bfloat16()).dtype == torch.float32
 
 
+CLASHES = {
+    "both remove layer 0's output from what layer 2 reads": (ablate_handoff(0, 2), ablate_handoff([0, 1], 2)),
+    "both remove layer 1's output": (ablate_handoff(1, 2), ablate_handoff(1, 2, features=3)),
+    "both remove feature 2 of layer 0": (ablate_handoff(0, 1, [1, 2]), ablate_handoff(0, [1, 2], [2, 3])),
+    "layer 2's norm as 'live' and as 'frozen'": (ablate_handoff(0, 2), ablate_handoff(1, 2, norm="frozen")),
+}
+
+
+@pytest.mark.parametrize("message", CLASHES)
+def test_handoffs_that_clash_are_refused(message):
+    one, other = CLASHES[message]
+    for pair in (
+        (one, other),
+        (other, iv.scale(1, 4, by=2.0), one),
+        (chain(only(one, position=[0, 1]), iv.scale(1, 4, by=2.0)), only(other, position=[1, 2])),
+    ):
+        with pytest.raises(EditError, match=message):
+            chain(*pair)
+    # At other places they are two.
+    chain(only(one, position=0), only(other, position=1))
+    chain(only(one, batch=0), only(other, batch=1))
+
+
+def test_handoffs_apart_add_up():
+    """Other pairs, or other features of one pair: each is subtracted once."""
+    clt = make_clt(dtype=torch.float64, scale=1.5)
+    for edits, one in (
+        ((ablate_handoff(0, 2), ablate_handoff(1, 2)), ablate_handoff([0, 1], 2)),
+        ((ablate_handoff(0, 2, [3, 7]), ablate_handoff(0, 2, 11)), ablate_handoff(0, 2, [3, 7, 11])),
+    ):
+        got = intervene(model_of("gpt2"), INPUTS, chain(*edits), clt=clt).logits
+        assert_close(got, intervene(model_of("gpt2"), INPUTS, one, clt=clt).logits, **EXACT)
+
+
 REFUSED = {
     "source comes before": lambda: ablate_handoff(pairs=[(2, 1)]),
     "source 3 has no partner in target 1": lambda: ablate_handoff(3, 1),
@@ -743,6 +806,36 @@ def test_what_does_not_fit_is_refused_before_the_model_runs():
 def test_the_replacement_model_needs_a_crosscoder(mode):
     with pytest.raises(AttachError, match="attach one with add_clt, or pass clt="):
         intervene(model_of("gpt2"), INPUTS, ablate_handoff(0, 1), mode)
+
+
+def test_whole_outputs_take_no_notice_of_a_crosscoder_that_is_attached():
+    edit, wanted = ablate_handoff(0, 1), intervene(bridge_model("gpt2"), INPUTS, ablate_handoff(0, 1))
+    bridge = bridge_model("gpt2")
+    bridge.add_clt(make_clt(Wiring.plt(N_LAYERS), read="resid_post", write="resid_post"), mode="observe")
+    result = intervene(bridge, INPUTS, edit)
+    assert_close(result.logits, wanted.logits, rtol=0, atol=0)
+    assert result.before is None
+    assert iv.generate(bridge, IDS[0], edit, max_new_tokens=2).ids.shape == (1, 11)
+    # Where one is given, or no edits are, its features are shown.
+    assert intervene(bridge_model("gpt2"), INPUTS, edit, clt=make_clt()).before is not None
+    bridge = bridge_model("gpt2")
+    bridge.add_clt(make_clt(), mode="observe")
+    assert intervene(bridge, INPUTS).before is not None
+
+
+def test_without_edits_and_crosscoder_the_model_runs_as_it_is():
+    hf = model_of("llama")
+    result = intervene(hf, INPUTS, None)
+    assert torch.equal(result.logits, result.baseline)
+    assert_close(real(result.logits), real(hf(**INPUTS).logits), **CLOSE)
+    assert result.before is None
+    assert torch.equal(
+        iv.generate(hf, IDS[0], max_new_tokens=3).ids,
+        hf.generate(IDS[:1], attention_mask=MASK[:1], max_new_tokens=3, do_sample=False, pad_token_id=0),
+    )
+    for mode in ("direct", "local", "replace"):
+        with pytest.raises(AttachError, match="none is attached"):
+            intervene(hf, INPUTS, None, mode)
 
 
 def test_features_written_before_a_post_norm_are_no_part_of_the_stream():

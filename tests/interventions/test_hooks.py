@@ -310,3 +310,44 @@ def test_hooks_are_not_for_nnsight() -> None:
     model.add_clt(make_clt())
     with pytest.raises(AttachError, match=r"edit.apply\(model\)"):
         iv.scale(layer=0, feature=1, by=2.0).fwd_hooks(model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_places_beyond_a_trace_are_refused(family: str) -> None:
+    model = nnsight_model(family)
+    model.add_clt(make_clt())
+    add = iv.add(layer=1, feature=4, value=2.0)
+    longest = 5  # of a beginning and four words; the other row has two tokens of padding
+    for within, message in (
+        ({"position": longest}, f"position {longest} is beyond the {longest} there are"),
+        ({"position": slice(longest, None)}, "selects none"),
+        ({"batch": 2}, "batch 2 is beyond the 2"),
+        ({"where": iv.active(layer=0, feature=1, position=9)}, "a condition's position 9"),
+    ):
+        # nnsight raises what a body raises as an error of its own class too.
+        with pytest.raises(Exception, match=message), model.trace(list(PROMPTS)):
+            iv.only(add, **within).apply(model)
+    # Padding is no room.
+    with pytest.raises(Exception, match="position 3 is beyond the 3"), model.trace(**one_padded_row()):
+        iv.only(add, position=3).apply(model)
+    with model.trace(list(PROMPTS)):
+        iv.only(add, position=longest - 1).apply(model)
+
+
+def one_padded_row() -> dict[str, Tensor]:
+    inputs = left_padded(PROMPTS)
+    return {"input_ids": inputs["ids"][1:], "attention_mask": inputs["attention_mask"][1:]}
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}], ids=["with a cache", "without"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_position_to_come_in_generation_is_no_error(family: str, settings: dict) -> None:
+    ids, model = token_ids(), nnsight_model(family)
+    model.add_clt(make_clt())
+    edit, seen = iv.only(iv.set_value(layer=1, feature=4, value=2.0), position=8), []
+    with model.generate(ids, max_new_tokens=3, do_sample=False, **settings) as tracer:
+        for _step in tracer.iter[:3]:
+            edit.apply(model)
+            seen.append((model.clt.layers[1].features.output[:, -1, 4] == 2).all().item())
+        seen.save()
+    assert seen == [False, False, True]

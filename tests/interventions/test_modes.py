@@ -647,7 +647,7 @@ def test_printed():
     run = an_intervention(make_tokenizer())
     assert str(run).splitlines() == [
         "scale(layer=1, feature=2, by=2.0)",
-        f"mode direct, KL {float(run.kl()[0]):.4f} nats at the last token",
+        f"mode direct, row 0 of 2, KL {float(run.kl()[0]):.4f} nats at the last token",
         "  '<bos>'  0.5000 -> 0.2000  (-0.3000)",
         "  '<eos>'  0.3000 -> 0.2000  (-0.1000)",
         "  'w2'     0.1000 -> 0.2000  (+0.1000)",
@@ -675,3 +675,84 @@ def test_a_dollar_is_a_dollar(tmp_path):
     figure = plot_token_changes([TokenChange(1, "$x$", 0.1, 0.2)], title="$ $")
     figure.savefig(tmp_path / "changes.png")
     assert figure.axes[0].get_yticklabels()[0].get_text() == r"'\$x\$'"
+
+
+# ---------------------------------------------------------------- padding does not count
+
+ROW, PAD = [0, 5, 9], [1, 1]
+LEFT = {"input_ids": torch.tensor([PAD + ROW]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+RIGHT = {"input_ids": torch.tensor([ROW + PAD]), "attention_mask": torch.tensor([[1, 1, 1, 0, 0]])}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("padded", [LEFT, RIGHT], ids=["left", "right"])
+def test_padded_arguments_give_what_the_row_alone_does(padded, family):
+    model, clt, edit = model_of(family), clt_of("clt"), iv.only(EDIT, position=-1)
+    alone = cp.intervene(model, [ROW], edit, clt=clt)
+    run = cp.intervene(model, padded, edit, clt=clt)
+    kept = padded["attention_mask"].bool()
+    assert_close(run.baseline[kept], alone.baseline[0], **CLOSE)
+    assert_close(run.logits[kept], alone.logits[0], **CLOSE)
+    assert float(alone.kl()) > 1e-3
+    for position in (-1, -3, 0, 2):
+        assert_close(run.kl(position), alone.kl(position), **CLOSE)
+        assert run.top_tokens(position=position) == near_tokens(alone.top_tokens(position=position))
+        expected = alone.probability_change(7, position)
+        assert near_tokens([expected]) == [run.probability_change(7, position)]
+    assert str(run) == str(alone)
+
+
+def near_tokens(changes: list[TokenChange]) -> list[TokenChange]:
+    return [
+        TokenChange(c.id, c.text, pytest.approx(c.before, abs=1e-5), pytest.approx(c.after, abs=1e-5)) for c in changes
+    ]
+
+
+def test_positions_given_are_kept():
+    model, given = model_of("gpt2"), torch.tensor([[0, 0, 4, 5, 6]])
+    run = cp.intervene(model, {**LEFT, "position_ids": given}, clt=clt_of("clt"))
+    expected = model(**LEFT, position_ids=given).logits[:, 2:]
+    assert_close(run.baseline[:, 2:], expected, **CLOSE)
+
+
+def test_a_position_that_a_row_lacks():
+    run = an_intervention(mask=torch.tensor([[0, 1], [1, 1]]))
+    assert run.top_tokens(position=0) == run.top_tokens(position=-1)
+    for position in (1, -2):
+        with pytest.raises(iv.EditError, match=f"row 0 has 1 tokens: there is no position {position}"):
+            run.kl(position)
+    run.top_tokens(position=-2, batch=1)
+
+
+def test_the_row_shown_is_named():
+    assert f"mode direct, row 0 of 2, KL {float(an_intervention().kl()[0]):.4f} nats" in str(an_intervention())
+    one = cp.intervene(make_model("gpt2"), IDS[:1], EDIT, clt=make_clt())
+    assert " of 1" not in str(one)
+
+
+BEYOND = {
+    "position": (iv.only(iv.add(layer=1, feature=3, value=1.0), position=4), "position 4 is beyond the 3 there are"),
+    "from the end": (iv.only(iv.add(layer=1, feature=3, value=1.0), position=-4), "position -4 is beyond the 3"),
+    "slice": (iv.only(iv.add(layer=1, feature=3, value=1.0), position=slice(3, None)), "selects none of the 3"),
+    "token": (iv.only(iv.add(layer=1, feature=3, value=1.0), tokens=99999), "no token 99999: the model has tokens 0"),
+}
+
+
+@pytest.mark.parametrize("padded", [LEFT, RIGHT], ids=["left", "right"])
+@pytest.mark.parametrize("name", BEYOND)
+def test_padding_is_no_room_for_positions(name, padded):
+    hf = make_model("gpt2")
+    forwards, (edit, message) = Forwards(hf), BEYOND[name]
+    with pytest.raises(iv.EditError, match=message):
+        cp.intervene(hf, padded, edit, clt=make_clt())
+    assert forwards.count == 0
+    # The longest row decides.
+    longer = {"input_ids": torch.tensor([PAD + ROW, [2, *ROW, 7]])}
+    longer["attention_mask"] = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    if name != "token":
+        cp.intervene(hf, longer, edit, clt=make_clt())
+
+
+def test_a_row_of_padding_is_refused():
+    with pytest.raises(iv.EditError, match="all padding"):
+        cp.intervene(make_model("gpt2"), {**LEFT, "attention_mask": torch.zeros(1, 5).long()}, clt=make_clt())

@@ -548,3 +548,25 @@ def test_bad_sweeps(changes: dict, message: str) -> None:
         iv.steer_sweep(nnsight_model(hf), PROMPTS[0], **arguments | changes)
     with pytest.raises(iv.EditError, match="of one prompt"):
         iv.steer_sweep(nnsight_model(hf), list(PROMPTS), **arguments)
+
+
+def test_a_padded_row_is_swept_as_the_row_alone() -> None:
+    model, clt, row = make_model("gpt2"), make_clt(), [0, 5, 9]
+    padded = {"input_ids": torch.tensor([[1, 1, *row]]), "attention_mask": torch.tensor([[0, 0, 1, 1, 1]])}
+    how = {"strengths": [6.0], "kind": "value", "watch": [7], "max_new_tokens": 2, "clt": clt, "bar": False}
+    found, alone = (iv.steer_sweep(model, prompt, layer=1, feature=4, **how) for prompt in (padded, [row]))
+    assert found.kl == pytest.approx(alone.kl, abs=1e-5)
+    assert alone.kl[0] > 1e-3
+    assert found.unedited_probabilities == pytest.approx(alone.unedited_probabilities, abs=1e-6)
+    assert found.texts == alone.texts
+
+
+def test_silence_in_the_prompt_is_said_of_the_prompt_alone() -> None:
+    hf, clt, ids = make_model("gpt2"), make_clt(), token_ids(rows=1)
+    acts = reference_run(hf, ids, clt, "replace_with_error")["features"][0]
+    silent = int((acts.amax((0, 1)) == 0).nonzero()[0])
+    edit = iv.scale(layer=0, feature=silent, by=2.0)
+    with pytest.warns(UserWarning, match="inactive at the tokens of this pass"):
+        iv.generate(hf, ids, edit, max_new_tokens=2, clt=clt)
+    # Of tokens to come it says nothing.
+    iv.generate(hf, ids, iv.only(edit, tokens="generated"), max_new_tokens=2, clt=clt)

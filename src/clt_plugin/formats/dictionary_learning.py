@@ -28,7 +28,7 @@ from torch import Tensor
 from clt_plugin.core import FORMATS, Activation, BatchTopK, File, FormatError, Host, Piece, ReLU, Wiring
 from clt_plugin.core.files import Header
 from clt_plugin.formats._description import Description, Formula
-from clt_plugin.formats._layers import check_config, mapping, norms, peek, shape_of, times
+from clt_plugin.formats._layers import check_config, count, mapping, norms, peek, shape_of, times
 from clt_plugin.hub import Folder
 
 CONFIG, TRAINER, WEIGHTS = "config.json", "trainer_config.json", "model.safetensors"
@@ -121,6 +121,8 @@ def _check_settings(where: str, config: Mapping[str, Any], n_models: int) -> Non
 def _layer(folder: Folder, trainer: Mapping[str, Any]) -> int:
     layer = trainer.get("layer")
     if isinstance(layer, int):
+        if layer < 0:
+            raise FormatError(f"{folder.label}/{TRAINER} says layer {layer}, where a block's index was expected")
         return layer
     named = {*re.findall(r"(?<![A-Za-z0-9])[lL](\d+)(?![A-Za-z0-9])", folder.label)}
     if len(named) != 1:
@@ -133,9 +135,9 @@ def _layer(folder: Folder, trainer: Mapping[str, Any]) -> int:
 
 def _k(folder: Folder, config: Mapping[str, Any], header: Header) -> int:
     """Return how many latents were kept in training; it is no longer used after that."""
-    given = [config[key] for key in ("k", "k_target") if isinstance(config.get(key), int)]
+    given = [key for key in ("k", "k_target") if isinstance(config.get(key), int)]
     if given:
-        return int(given[0])
+        return count(f"{folder.label}/{CONFIG}", config, given[0])
     if "k" not in header:
         raise FormatError(f"{folder.label}/{CONFIG} gives no k, nor do the tensors: is it a BatchTopK?")
     return int(folder.file(WEIGHTS).read("k"))

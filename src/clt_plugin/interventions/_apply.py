@@ -92,7 +92,7 @@ def _warn_of_silence(part: Part, label: str, features: tuple[int, ...], old: Ten
     if silent:
         which = f"feature{'s' if len(silent) > 1 else ''} {', '.join(silent)} of layer {show_label(label)}"
         warnings.warn(
-            f"{part!r} leaves {which} at 0, inactive wherever it was to act: use add or set_value",
+            f"{part!r} leaves {which} at 0, inactive at the tokens of this pass where it acts: use add or set_value",
             UserWarning,
             stacklevel=4,
         )

@@ -276,8 +276,11 @@ class Part:
             self._check_features(crosscoder)
         elif self.edit.needs_crosscoder or self.conditions():
             raise EditError(f"{self!r} is about features: it needs a crosscoder")
-        if shape is None:
-            return
+        if shape is not None:
+            self.check_places(shape)
+
+    def check_places(self, shape: tuple[int, int]) -> None:
+        """Raise `EditError` where it names rows or positions that a run of this shape lacks."""
         for r in self.within:
             if r.position is not None:
                 check_index("position", r.position, shape[1])
@@ -289,6 +292,11 @@ class Part:
 
     def _check_features(self, crosscoder: Crosscoder) -> None:
         mark, present = self.edit.made_for, Fingerprint.of(crosscoder)
+        if mark is not None and crosscoder.is_partial:
+            raise EditError(
+                f"this edit was saved for another crosscoder, {mark}, where this is a selection, whose features may be "
+                "numbered otherwise: use it with the whole, or make the edit anew"
+            )
         if mark is not None and not mark.fits(present):
             raise EditError(
                 f"this edit was saved for another crosscoder, {mark}, where this is {present}: features of one mean "
@@ -376,6 +384,8 @@ def only(
             padding left out, and go on counting in generation; negative ones count from the row's end so far.
         batch: Rows of the batch, given in the same ways.
         tokens: ``"prompt"`` or ``"generated"``; or ids, one or several: the edit acts at positions that hold one.
+            What is generated is told by the model's cache: where it is switched off, as by TransformerLens's
+            ``use_past_kv_cache=False``, every pass looks like a prompt, and ``"generated"`` never acts.
         where: A condition on natural activations, made by `active`, `inactive`, `all_of`, `any_of` or `not_`.
     """
     _check_edits("only", (edit,))
@@ -436,8 +446,13 @@ def _check_edits(name: str, edits: Iterable[Any]) -> None:
 
 
 def _warn_of_collisions(edits: Sequence[Edit]) -> None:
-    """Warn of pairs from different edits; those within one were warned of when it was made."""
+    """Warn of pairs from different edits, and refuse handoffs that clash; one edit's own were seen when it was made."""
     parts = [(number, part) for number, edit in enumerate(edits) for part in edit.parts()]
+    handoffs = [(number, part) for number, part in parts if part.edit.kind == "ablate_handoff"]
+    for (one, before), (other, after) in combinations(handoffs, 2):
+        handoff: Any = before.edit
+        if one != other and (why := handoff.clash(after.edit)) and not _apart(before, after):
+            raise EditError(f"{before!r} and {after!r} {why}")
     hits: dict[tuple[str, int], list[int]] = {}
     for index, (_, part) in enumerate(parts):
         for label in part.labels():

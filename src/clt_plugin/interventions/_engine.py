@@ -6,7 +6,7 @@ The engine says when a site is read and when an MLP's output is due, as both ada
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clt_plugin.adapters._frozen import Recording
 from clt_plugin.adapters._norms import FrozenNorm
 from clt_plugin.adapters._pass import Pass
-from clt_plugin.adapters._run import Run, Visit, encoded_at_mlp
+from clt_plugin.adapters._run import Run, Visit, encoded_at_mlp, turn
 from clt_plugin.adapters.huggingface import HostModel, excluded_positions, pass_of
 from clt_plugin.adapters.sites import normalise
 from clt_plugin.core.crosscoder import Crosscoder
@@ -49,8 +49,9 @@ class LocalRun(Run):
     def output(self, site: Site, own: Tensor, visit: Visit) -> Tensor:
         """Return the reconstruction and the error; see `Run.output`."""
         self.written.add(site)
-        y = self._reconstruction(site, own.shape[:-1])
-        return (y + self.errors[site].to(y)).to(device=own.device, dtype=own.dtype)
+        # As wide as the errors, float32 at least: then, without an edit, the output is that of the other run.
+        y = self._reconstruction(site, own.shape[:-1]) + self.errors[site]
+        return y.to(device=own.device, dtype=own.dtype)
 
 
 class LiveRun(Run):
@@ -61,13 +62,17 @@ class LiveRun(Run):
     Args:
         crosscoder: The crosscoder.
         edits: What is edited, or None.
+        needed: The labels of the groups to encode; None for all, so that all features are seen.
     """
 
-    def __init__(self, crosscoder: Crosscoder, edits: Any) -> None:
+    def __init__(self, crosscoder: Crosscoder, edits: Any, needed: Collection[str] | None = None) -> None:
         super().__init__(crosscoder, "replace_with_error", edits)
+        self.needed = self.labels if needed is None else needed
 
     def encode(self, group: int, visit: Visit) -> None:
         """Encode a group, and note what edits of it write; see `Run.encode`."""
+        if self.labels[group] not in self.needed:
+            return
         if group not in self.encoded and all(site in self.inputs for site in self.crosscoder.wiring.reads[group]):
             self.encoded.add(group)
             visit("features", self._noted(group, self._natural_at(group, self.inputs)))
@@ -125,10 +130,11 @@ class FixedRun(LiveRun):
     def begin(self, excluded: Tensor | None, now: Pass | None = None) -> None:
         """Start a forward pass: what edits change is known before it, from the other run's activations."""
         super().begin(excluded, now)
-        for group, label in enumerate(self.labels):
+        # In the order of a pass: conditions look at what was encoded before.
+        for group in sorted(range(len(self.labels)), key=lambda group: turn(self.crosscoder.wiring, group)):
             with torch.no_grad():
                 natural = self._natural_at(group, self.reads)
-            self.features[label] = self._noted(group, natural)
+            self.features[self.labels[group]] = self._noted(group, natural)
 
     def encode(self, group: int, visit: Visit) -> None:
         """Show a group's features, which do not respond to what is read."""
@@ -268,12 +274,15 @@ class Engine:
             self._hook(module.register_forward_hook(lambda module, args, output: read(_first(output))))
 
     def _before_gain(self, layer: int, norm: nn.Module, x: Tensor) -> Tensor:
-        if layer not in self.frozen_norms:
-            return normalise(norm, self.host.architecture.centred, x)
+        live = normalise(norm, self.host.architecture.centred, x)
+        where = self._frozen_places(layer)
+        if layer not in self.frozen_norms and where is None:
+            return live
         frozen = self._frozen_norm(layer)
         wide = x.to(frozen.gain.dtype)
         wide = wide - wide.mean(-1, keepdim=True) if frozen.centred else wide
-        return (wide * frozen.scale).to(x.dtype)
+        kept = (wide * frozen.scale).to(x.dtype)
+        return kept if layer in self.frozen_norms or where is None else torch.where(where.to(x.device), kept, live)
 
     def _frozen_norm(self, layer: int) -> FrozenNorm:
         assert self.recording is not None
@@ -318,20 +327,28 @@ class Engine:
 
         def instead(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             x = self._without_handoffs(target, args[0])
-            if any(handoff.norm == "frozen" for _, handoff in self._handed(target)) or target in self.frozen_norms:
+            if target in self.frozen_norms:
                 return self._frozen_norm(target)(x)
-            return module.forward(x)
+            live, where = module.forward(x), self._frozen_places(target)
+            return live if where is None else torch.where(where.to(x.device), self._frozen_norm(target)(x), live)
 
         self._hook(norm.register_forward_hook(instead))
 
     def _handed(self, target: int) -> list[tuple[Part, Handoff]]:
         return [(part, handoff) for part, handoff in self.handoffs if any(t == target for _, t in handoff.pairs)]
 
-    def _without_handoffs(self, target: int, x: Tensor) -> Tensor:
+    def _frozen_places(self, target: int) -> Tensor | None:
+        """Return where handoffs keep a target's denominators, (batch, position, 1); None where none does."""
+        frozen = [part for part, handoff in self._handed(target) if handoff.norm == "frozen"]
+        return torch.stack([self._places_of(part) for part in frozen]).any(0)[..., None] if frozen else None
+
+    def _places_of(self, part: Part) -> Tensor:
         assert self.now is not None
+        return places_of(part, self.now, self.run.natural if self.run is not None else {})
+
+    def _without_handoffs(self, target: int, x: Tensor) -> Tensor:
         for part, handoff in self._handed(target):
-            natural = self.run.natural if self.run is not None else {}
-            where = places_of(part, self.now, natural)
+            where = self._places_of(part)
             removed = self._removed(handoff, [source for source, t in handoff.pairs if t == target], target)
             x = torch.where(where.to(x.device)[..., None], x - removed.to(x), x)
         return x

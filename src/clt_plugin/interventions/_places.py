@@ -164,9 +164,10 @@ def _span(index: slice) -> range:
 
 
 class Condition:
-    """What must hold at a place for an edit to act there; it looks at natural activations, which no edit has touched.
+    """What must hold at a place for an edit to act there.
 
-    Made by `active`, `inactive`, `all_of`, `any_of` and `not_`.
+    It looks at activations before edits of their own group; those of an earlier group reach them, where features
+    respond. Made by `active`, `inactive`, `all_of`, `any_of` and `not_`.
     """
 
     def leaves(self) -> tuple[Active, ...]:

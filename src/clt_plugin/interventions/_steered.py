@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clt_plugin.adapters._run import group_labels
+from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.interventions._edit import Edit, Part
 from clt_plugin.interventions._generation import Generation, Job, check_ids, vocabulary_of
 from clt_plugin.interventions._places import EditError
@@ -38,9 +40,9 @@ class Steered:
         self.model, self.job, self.mode, self.crosscoder = model, job, mode, crosscoder
         self.freeze_attention = freeze_attention
         self.recording: Any = None
-        self.run_mode = "replace" if mode == "replace" else "replace_with_error"
+        fits = "replace" if mode == "replace" else "replace_with_error"
         with plain_model(model) as hf:
-            self.host = HostModel.of(hf) if crosscoder is None else check_fits(crosscoder, hf, self.run_mode)
+            self.host = HostModel.of(hf) if crosscoder is None else check_fits(crosscoder, hf, fits)
             job.check_model(hf)
             self.vocabulary = vocabulary_of(hf)
 
@@ -107,12 +109,16 @@ class Steered:
         """Generate, and return prompt and new tokens, (batch, position)."""
         from clt_plugin.adapters._run import Run
         from clt_plugin.adapters.huggingface import plain_model
-        from clt_plugin.interventions._engine import Engine
+        from clt_plugin.interventions._engine import Engine, LiveRun
 
         # Without edits, a reconstruction and its error are the model's own output.
         idle = self.crosscoder is None or (edits is None and self.mode == "iterative")
-        run = None if idle else Run(self.crosscoder, self.run_mode, edits)
         handoffs = [] if edits is None else _handoffs(edits)
+        run: Any = None
+        if self.crosscoder is not None and not idle:
+            live = self.mode == "iterative"
+            needed = _needed(edits, self.crosscoder, handoffs)
+            run = LiveRun(self.crosscoder, edits, needed) if live else Run(self.crosscoder, "replace", edits)
         with torch.no_grad(), plain_model(self.model) as hf, ExitStack() as stack:
             if self.freeze_attention:
                 _FrozenPrompt(hf, self.host, self._record(hf), stack)
@@ -130,6 +136,17 @@ class Steered:
             inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
             self.recording = record(hf, self.host, inputs)
         return self.recording
+
+
+def _needed(edits: Edit | None, crosscoder: Crosscoder, handoffs: list[Part]) -> set[str]:
+    """Return the labels of the groups that edits are about: in generation no others need be encoded."""
+    if edits is None:
+        return set()
+    labels = group_labels(crosscoder.wiring)
+    masked = {labels[group] for group, _ in edits.dropped(crosscoder.wiring)}
+    edits_of_features: Any = [part.edit for part in handoffs if part.edit.needs_crosscoder]
+    handed = {str(source) for edit in edits_of_features for source in edit.sources}
+    return {*edits.layers(), *edits.watched(), *masked, *handed}
 
 
 def _handoffs(edits: Edit) -> list[Part]:

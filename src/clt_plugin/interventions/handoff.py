@@ -40,7 +40,7 @@ class Handoff(Primitive):
         mean: What stays in place of what is removed. None for nothing; for features a number, or one a feature; for
             whole outputs a tensor (d,), or {source: (d,)}.
         norm: Whether the norm before the target's MLP is computed anew, ``"live"``, or keeps the denominators of the
-            unedited run, ``"frozen"``.
+            unedited run where the handoff acts, ``"frozen"``.
     """
 
     pairs: tuple[tuple[int, int], ...]
@@ -86,6 +86,22 @@ class Handoff(Primitive):
     def needs_crosscoder(self) -> bool:
         """Whether it is of features, which only a crosscoder has."""
         return self.features is not None
+
+    def clash(self, other: Handoff) -> str | None:
+        """Return why two cannot act at one place, to follow their names; None where they can."""
+        both = sorted(set(self.targets_read) & set(other.targets_read))
+        if both and self.norm != other.norm:
+            return f"take layer {both[0]}'s norm as 'live' and as 'frozen' at one place: give them the same norm="
+        for source, target in sorted(set(self.pairs) & set(other.pairs)):
+            if self.features is None or other.features is None:
+                what = f"layer {source}'s output"
+            else:
+                shared = set(self.features.features[str(source)]) & set(other.features.features[str(source)])
+                if not shared:
+                    continue
+                what = f"feature {min(shared)} of layer {source}"
+            return f"both remove {what} from what layer {target} reads, at one place: give them as one handoff"
+        return None
 
     # ---------------------------------------------------------------- what is removed
 
@@ -352,7 +368,8 @@ def ablate_handoff(
         subspace: Remove only the component in the span of these directions, (k, d) or (d,).
         baseline: ``"zero"``, or ``"mean"``: what is removed is the difference from its mean.
         mean: The mean: for a whole output (d,) or {source: (d,)}; for features a number, or one a feature.
-        norm: ``"live"`` computes the target's norm on the result, ``"frozen"`` keeps its denominators.
+        norm: ``"live"`` computes the target's norm on the result, ``"frozen"`` keeps its denominators where the
+            handoff acts.
         pairs: (source, target) pairs, instead of source and target.
 
     >>> ablate_handoff(source=[0, 1], target=4)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+from clt_plugin.adapters._pass import Pass
 from clt_plugin.adapters._run import Run, group_labels, turn
 from clt_plugin.adapters.huggingface import HostModel, pass_of
 from clt_plugin.core.crosscoder import Crosscoder
@@ -76,6 +77,12 @@ def _check(edit: Edit, crosscoder: Crosscoder | None, mode: str) -> None:
         edit.check(crosscoder)
 
 
+def _check_places(edit: Edit, now: Pass) -> None:
+    """Refuse positions and rows beyond those of a pass that none follows."""
+    for part in edit.parts():
+        part.check_places((len(now.lengths), int(now.lengths.max())))
+
+
 def _recorder(run: Run, label: str) -> Callable[..., Tensor]:
     def record(tensor: Tensor, hook: Any) -> Tensor:
         if label not in run.natural:
@@ -117,6 +124,10 @@ def apply(edit: Edit, model: Any, name: str = "clt") -> None:
     shape = tuple((ids if ids is not None else kwargs["inputs_embeds"]).shape[:2])
     # A scan has shapes and no values.
     now = None if detect_fake_mode() is not None else pass_of(kwargs, ids, shape)
+    # In generation, which has a cache or says that it has none, what is beyond this pass may come in a later one.
+    alone = kwargs.get("past_key_values") is None and kwargs.get("use_cache") is not False
+    if now is not None and alone:
+        _check_places(edit, now)
     natural: dict[str, Tensor] = {}
     for label in labels:
         point = points.layers[label].features

@@ -20,6 +20,7 @@ local replacement model), and the conventions of circuit-tracer.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from clt_plugin.adapters import attached_to
+from clt_plugin.adapters._run import group_labels
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.errors import AttachError
 from clt_plugin.core.features import SparseFeatures, SparseGroup
@@ -91,11 +93,15 @@ def find_crosscoder(model: Any, clt: Any, name: str, edits: Edit | None, mode: s
 
     if clt is not None:
         return crosscoder_for(clt)
+    parts = [] if edits is None else list(edits.parts())
+    needed = mode != "iterative" or any(part.edit.needs_crosscoder or part.conditions() for part in parts)
+    if parts and not needed:
+        # Nor is one that is attached: it need not fit, and its features would be computed for nothing.
+        return None
     found = attached_to(model)
     if name in found:
         return found[name]
-    needed = mode != "iterative" or edits is None or any(part.edit.needs_crosscoder for part in edits.parts())
-    if not needed:
+    if not needed and not found:
         return None
     held = f"attached are {', '.join(found)}" if found else "none is attached"
     raise AttachError(f"no crosscoder is attached as {name!r} ({held}): attach one with add_clt, or pass clt=")
@@ -106,11 +112,12 @@ def read_prompt(model: Any, prompt: Any) -> tuple[dict[str, Any], Any]:
 
     Args:
         model: As for `intervene`.
-        prompt: As for `intervene`. Texts of unequal length are padded on the left.
+        prompt: As for `intervene`. Texts of unequal length are padded on the left; positions never count padding
+            there, in arguments without ``position_ids`` neither.
     """
     tokenizer = getattr(model, "tokenizer", None)
     if isinstance(prompt, Mapping):
-        return dict(prompt), tokenizer
+        return _with_positions(dict(prompt)), tokenizer
     if isinstance(prompt, str) or (isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str)):
         if tokenizer is None:
             raise EditError("this model has no tokenizer: give token ids instead of text")
@@ -131,7 +138,15 @@ def _tokenized(tokenizer: Any, texts: list[str]) -> dict[str, Any]:
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return _with_positions({"input_ids": ids, "attention_mask": mask})
+
+
+def _with_positions(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Add the positions that a left-padded prompt needs: a model that is given none counts padding."""
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and inputs.get("position_ids") is None and not mask[:, :1].all():
+        inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return inputs
 
 
 class _Comparison:
@@ -157,7 +172,8 @@ class _Comparison:
         layers: Iterable[int] | None,
         freeze_attention: bool | None,
     ) -> None:
-        from clt_plugin.adapters.huggingface import HostModel, check_fits
+        from clt_plugin.adapters.huggingface import HostModel, check_fits, pass_of
+        from clt_plugin.interventions._generation import check_ids, vocabulary_of
 
         self.hf, self.crosscoder, self.edits, self.mode = hf, crosscoder, edits, mode
         device = next(hf.parameters()).device
@@ -168,12 +184,25 @@ class _Comparison:
         self.shape = (ids.shape[0], ids.shape[1])
         if not all(self.shape):
             raise EditError("the prompt has no tokens")
+        now = pass_of(self.inputs, None, self.shape)
+        self.kept = now.kept.to(device)
+        if not bool(self.kept.any(-1).all()):
+            raise EditError("a row of the prompt is all padding: give each at least one token")
         if crosscoder is None:
             self.host = HostModel.of(hf)
         else:
             self.host = check_fits(crosscoder, hf, "replace" if mode == "replace" else "replace_with_error")
+            if mode == "local" and crosscoder.is_partial:
+                raise AttachError(
+                    "this crosscoder is a selection of layers or features: under mode='local' those left out would "
+                    "stand frozen in the errors. Use the whole, or another mode, in which a selection is exact"
+                )
         if edits is not None:
-            edits.check(crosscoder, self.shape)
+            edits.check(crosscoder, (self.shape[0], int(now.lengths.max())))
+            named = [r.tokens for part in edits.parts() for r in part.within if isinstance(r.tokens, tuple)]
+            # A model without an unembedding is refused once it has run.
+            if named and hf.get_output_embeddings() is not None:  # type: ignore[operator]
+                check_ids(torch.tensor(sum(named, ())), vocabulary_of(hf))
         handoffs = [] if edits is None else [part for part in edits.parts() if part.edit.kind == "ablate_handoff"]
         for part in handoffs:
             post_norm = self.host.architecture.post_mlp_norm
@@ -190,6 +219,7 @@ class _Comparison:
             raise EditError("layers= names no layer: with none constrained, all that edits write would be dropped")
         if beyond := sorted(self.layers - every):
             raise EditError(f"there is no layer {beyond[0]}: the model has layers 0-{self.host.n_layers - 1}")
+        self._warn_of_dropped_writes()
         linear = mode in ("direct", "local")
         self.norms = every if linear or (mode == "constrained" and self.layers == every) else frozenset()
         frozen = every if linear else self.layers if mode == "constrained" else frozenset()
@@ -222,9 +252,22 @@ class _Comparison:
             edits=self.edits,
             mode=self.mode,
             ids=self.inputs.get("input_ids"),
-            mask=self.inputs.get("attention_mask"),
+            mask=self.kept,
             tokenizer=tokenizer,
         )
+
+    def _warn_of_dropped_writes(self) -> None:
+        """Warn of edits that write no layer in the constrained range, so that they do nothing."""
+        if self.mode != "constrained" or self.crosscoder is None or self.edits is None:
+            return
+        writes = dict(zip(group_labels(self.crosscoder.wiring), self.crosscoder.wiring.writes, strict=True))
+        edited = self.edits.layers()
+        if edited and not {site.layer for label in edited for site in writes[label]} & self.layers:
+            warnings.warn(
+                f"features of layer {', '.join(edited)} write none of the constrained layers {sorted(self.layers)}: "
+                "their edits change nothing",
+                stacklevel=5,
+            )
 
     def _excluded(self) -> Tensor | None:
         from clt_plugin.adapters.huggingface import excluded_positions
@@ -272,7 +315,8 @@ class _Comparison:
         reads = {site: self.base.sites[site].to(crosscoder.device) for site in crosscoder.sites.read}
         with torch.no_grad():
             recon = crosscoder.decode(tuple(before), reads)
-        return {site: self.base.sites[site].to(y) - y for site, y in recon.items()}
+        wide = torch.promote_types(crosscoder.dtype, torch.float32)
+        return {site: self.base.sites[site].to(y.device, wide) - y.to(wide) for site, y in recon.items()}
 
 
 def _wants_gradient(edits: Edit | None) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clt_plugin.core.features import SparseFeatures
-from clt_plugin.interventions.edits import Edit
+from clt_plugin.interventions.edits import Edit, EditError
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,8 @@ class TokenChange:
 @dataclass(frozen=True, eq=False)
 class Intervention:
     """One prompt, run with and without edits.
+
+    Its methods count positions as edits do: each row's real tokens, from 0, or from its end where negative.
 
     Attributes:
         logits: With the edits, (batch, position, vocabulary); differentiable in strengths that require a gradient.
@@ -64,7 +66,8 @@ class Intervention:
             position: After which token; the last by default.
             batch: Which row.
         """
-        before, after = (self._probabilities(x)[batch, position] for x in (self.baseline, self.logits))
+        column = self._column(batch, position)
+        before, after = (self._probabilities(x[batch, column]) for x in (self.baseline, self.logits))
         k = min(k, len(before))
         ids = {*before.topk(k).indices.tolist(), *after.topk(k).indices.tolist()}
         changes = [TokenChange(i, self._text(i), float(before[i]), float(after[i])) for i in sorted(ids)]
@@ -72,13 +75,15 @@ class Intervention:
 
     def probability_change(self, token: int | str, position: int = -1, batch: int = 0) -> TokenChange:
         """Return one token's probability before and after; a text must be one token."""
-        i = self._id(token)
-        before, after = (self._probabilities(x)[batch, position, i] for x in (self.baseline, self.logits))
+        i, column = self._id(token), self._column(batch, position)
+        before, after = (self._probabilities(x[batch, column])[i] for x in (self.baseline, self.logits))
         return TokenChange(i, self._text(i), float(before), float(after))
 
     def kl(self, position: int = -1) -> Tensor:
         """Return the Kullback-Leibler divergence of the edited from the unedited prediction, (batch,), in nats."""
-        before, after = (F.log_softmax(x[:, position].detach().double(), dim=-1) for x in (self.baseline, self.logits))
+        columns = [self._column(row, position) for row in range(len(self.logits))]
+        at = [x[range(len(columns)), columns].detach().double() for x in (self.baseline, self.logits)]
+        before, after = (F.log_softmax(x, dim=-1) for x in at)
         return (before.exp() * (before - after)).sum(-1)
 
     def changed_features(self, k: int = 10) -> list[tuple[int, int, int, int, float, float]]:
@@ -103,9 +108,11 @@ class Intervention:
         return plot_token_changes(self.top_tokens(k, position, batch), title=f"{self._done}, {self.mode}")
 
     def __str__(self) -> str:
+        rows = len(self.logits)
+        row = f"row 0 of {rows}, " if rows > 1 else ""
         lines = [
             self._done,
-            f"mode {self.mode}, KL {float(self.kl()[0].detach()):.4f} nats at the last token",
+            f"mode {self.mode}, {row}KL {float(self.kl()[0].detach()):.4f} nats at the last token",
         ]
         changes = self.top_tokens()
         width = max(len(repr(change.text)) for change in changes)
@@ -120,6 +127,14 @@ class Intervention:
     @property
     def _done(self) -> str:
         return "no edit" if self.edits is None else repr(self.edits)
+
+    def _column(self, row: int, position: int) -> int:
+        """Return where in a row of logits a position is: padding, on either side, does not count."""
+        kept = torch.ones(self.logits.shape[1]) if self.mask is None else self.mask[row]
+        real = kept.nonzero().flatten().tolist()
+        if not -len(real) <= position < len(real):
+            raise EditError(f"row {row} has {len(real)} tokens: there is no position {position}")
+        return real[position]
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         return logits.detach().float().softmax(-1)
