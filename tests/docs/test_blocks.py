@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from clt_plugin.core import FORMATS
 from support.hub_server import HubServer, use
 from support.published import publish
 
@@ -51,9 +52,14 @@ def run(page, tmp_path, monkeypatch):
     script = tmp_path / f"{page.stem.replace('-', '_')}.py"
     script.write_text(program(page), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runpy.run_path(str(script))
+    known = set(FORMATS)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            runpy.run_path(str(script))
+    finally:
+        for name in set(FORMATS) - known:  # what a page makes known is known to it alone
+            FORMATS.remove(name)
 
 
 def test_a_block_that_fails_is_noticed(tmp_path, monkeypatch):
