@@ -136,7 +136,7 @@ def test_what_is_not_on_the_hub(hub, tmp_path):
     hub.add("o/listing", {"config.yaml": listing(GS1, *entries)})
     with pytest.raises(cp.FormatError, match=r"average_l0_72/params\.npz, which is not there"):
         cp.load("hf://o/listing")
-    hub.add("o/local", {"config.yaml": listing(GS1, "/tmp/layer_0.safetensors")})
+    hub.add("o/local", {"config.yaml": listing(GS1, str(tmp_path / "layer_0.safetensors"))})
     with pytest.raises(cp.FormatError, match="on no one else's machine"):
         cp.load("hf://o/local")
     hub.add("o/lost", {"config.yaml": listing(GS1, "hf://google/nothing/layer_0.safetensors")})
