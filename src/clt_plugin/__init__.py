@@ -8,6 +8,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from clt_plugin.adapters import Handle, add_clt, register
+from clt_plugin.attribution.graph import Graph
+from clt_plugin.attribution.trace import attribute
 from clt_plugin.core import (
     AttachError,
     Crosscoder,
@@ -30,6 +32,7 @@ __all__ = [
     "CrossLayerTranscoder",
     "Crosscoder",
     "FormatError",
+    "Graph",
     "Handle",
     "Host",
     "HubError",
@@ -38,6 +41,7 @@ __all__ = [
     "Wiring",
     "WiringError",
     "add_clt",
+    "attribute",
     "convert",
     "inspect",
     "intervene",

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from clt_plugin.adapters import _frozen
+from clt_plugin.adapters import _attention
 from clt_plugin.adapters._frozen import frozen, record
 from clt_plugin.adapters._norms import FreezeError, FrozenNorm
 from clt_plugin.adapters.huggingface import HostModel, plain_model
@@ -533,7 +533,7 @@ def test_attention_that_cannot_be_exchanged(monkeypatch):
     with pytest.raises(FreezeError, match=r"plain_model\(model\) first"):
         record(bridge.original_model, HostModel.of(bridge.original_model), IDS)
     assert (configs(hf), hooks(hf)) == before
-    assert not _frozen._ACTING
+    assert not _attention._ACTING
 
 
 # ---------------------------------------------------------------- no traces
@@ -560,7 +560,7 @@ def test_nothing_stays(family):
     run = record(hf, host, PADDED)
 
     def as_it_was() -> bool:
-        return (configs(hf), hooks(hf)) == before and not _frozen._ACTING
+        return (configs(hf), hooks(hf)) == before and not _attention._ACTING
 
     assert as_it_was()
     with frozen(hf, host, run):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from clt_plugin import Wiring
 from clt_plugin import interventions as iv
-from clt_plugin.adapters._frozen import IMPLEMENTATION
+from clt_plugin.adapters._attention import IMPLEMENTATION
 from clt_plugin.core.errors import AttachError
 from clt_plugin.core.wiring import MODEL, Site
 from clt_plugin.interventions import EditError, ablate_handoff, chain, handoff_scan, only

@@ -11,113 +11,20 @@ nothing changed, a run equals the recorded one bit for bit.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
+from clt_plugin.adapters._attention import Call, blocks_of, eager, part_of, take_over
 from clt_plugin.adapters._norms import FreezeError, FrozenNorm
 from clt_plugin.adapters.huggingface import HostModel, check_runs_once
 from clt_plugin.adapters.sites import check_sites, normalise
 from clt_plugin.core.wiring import Site
-
-IMPLEMENTATION = "clt_plugin"
-"""The name under which transformers knows the attention that can be recorded and frozen."""
-
-
-# ---------------------------------------------------------------- attention
-
-_Attend = Callable[..., tuple[Tensor, Tensor | None]]
-
-_ACTING: WeakKeyDictionary[nn.Module, _Attend] = WeakKeyDictionary()
-"""What the attention modules of models that are recorded or frozen at this moment do instead of their own."""
-
-
-def _attend(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-    """Act for a module: as it is told to, or as its family's eager attention, as in a vision tower."""
-    return _ACTING.get(module, partial(_eager(module), module))(*args, **kwargs)
-
-
-def _mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
-    """Return the mask for eager attention: 0, and a very negative number where there is nothing to see."""
-    # Most families take their softmax in float32, where float64's lowest number is infinite: then padded positions,
-    # which see nothing, would be NaN, and by the next layer everything.
-    return eager_mask(dtype=torch.float32 if dtype == torch.float64 else dtype, **kwargs)
-
-
-# Masks are made for an implementation's name.
-AttentionInterface.register(IMPLEMENTATION, _attend)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
-
-
-def _eager(module: nn.Module) -> _Attend:
-    """Return the eager attention of a module's family."""
-    for cls in type(module).__mro__:
-        function = getattr(sys.modules.get(cls.__module__), "eager_attention_forward", None)
-        if function is not None:
-            return function
-    raise FreezeError(
-        f"{type(module).__name__} does not run through transformers' AttentionInterface with an eager attention, so "
-        "its patterns can be neither seen nor frozen; a library's model goes through plain_model(model) first"
-    )
-
-
-def _take_over(stack: ExitStack, hf: nn.Module, host: HostModel, act: _Attend) -> None:
-    """Have every block's attention call ``act(layer, module, query, ...)``, until the stack is closed."""
-    for layer, block in enumerate(_blocks(hf, host)):
-        module = _part(block, host.architecture.attention)
-        _eager(module)
-        if module in _ACTING:
-            raise FreezeError("this model is being recorded, or is frozen, already: leave that first")
-        _ACTING[module] = partial(act, layer, module)
-        stack.callback(_ACTING.pop, module, None)
-    before = [(config, config._attn_implementation) for config in _configs(hf)]
-    stack.callback(_restore, before)
-    for config, _ in before:
-        config._attn_implementation = IMPLEMENTATION
-
-
-def _restore(before: list[tuple[Any, str | None]]) -> None:
-    # In the order in which they were found: setting a config's implementation sets those of the configs it holds.
-    for config, implementation in before:
-        config._attn_implementation = implementation
-
-
-def _configs(hf: nn.Module) -> list[Any]:
-    """Return every config in a model, each after those that hold it."""
-    found: dict[int, Any] = {}
-
-    def add(config: Any) -> None:
-        if id(config) in found or not hasattr(config, "_attn_implementation"):
-            return
-        found[id(config)] = config
-        for name in config.sub_configs:
-            add(getattr(config, name, None))
-
-    for module in hf.modules():
-        add(getattr(module, "config", None))
-    return list(found.values())
-
-
-def _blocks(hf: nn.Module, host: HostModel) -> Any:
-    return hf.get_submodule(host.blocks)
-
-
-def _part(module: nn.Module, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError:
-        raise FreezeError(
-            f"{type(module).__name__} has no {name!r}, as its row in clt_plugin.adapters.sites.ARCHITECTURES says"
-        ) from None
 
 
 def _check_can_freeze(hf: nn.Module) -> None:
@@ -135,6 +42,7 @@ class Recording:
 
     Attributes:
         patterns: Each layer's attention pattern, (batch, heads, queries, keys).
+        calls: How each layer's attention was called.
         norms: The norms of each block, by layer and by the module's name there.
         final_norm: The norm before the unembedding.
         mlp_out: What each layer's MLP adds to the residual stream, after a post-norm, (batch, position, d).
@@ -147,6 +55,7 @@ class Recording:
     """
 
     patterns: dict[int, Tensor]
+    calls: dict[int, Call]
     norms: dict[tuple[int, str], FrozenNorm]
     final_norm: FrozenNorm
     mlp_out: dict[int, Tensor]
@@ -163,6 +72,7 @@ def record(
     sites: Iterable[Site] = (),
     *,
     grad: bool = False,
+    linear: bool = False,
 ) -> Recording:
     """Run a model once, with its family's eager attention and without a cache, and keep what `frozen` needs.
 
@@ -173,6 +83,9 @@ def record(
             ``attention_mask``.
         sites: Sites whose values to keep as well.
         grad: Whether what is kept is differentiable.
+        linear: Run every norm as the linear map with bias that it applies. It is the norm's output but for rounding,
+            and what follows is then linear to the last digits: transformers' RMSNorm computes in float32 whatever it is
+            given, which leaves a run in float64 linear to seven digits only.
 
     Raises:
         FreezeError: The model cannot be recorded; it is as it was.
@@ -186,7 +99,7 @@ def record(
     check_sites(host.architecture, host.parallel, [site.name for site in sites])
     with torch.set_grad_enabled(grad):
         with ExitStack() as stack:
-            run = _Recorder(stack, hf, host, sites)
+            run = _Recorder(stack, hf, host, sites, linear)
             output = hf(**{**arguments, "use_cache": False})
         return run.recording(getattr(output, "logits", None))
 
@@ -199,25 +112,31 @@ class _Recorder:
         hf: The model.
         host: What it is.
         sites: The sites to keep.
+        linear: Whether norms run as linear maps.
     """
 
-    def __init__(self, stack: ExitStack, hf: nn.Module, host: HostModel, sites: tuple[Site, ...]) -> None:
-        self.stack, self.host, self.hf = stack, host, hf
+    def __init__(self, stack: ExitStack, hf: nn.Module, host: HostModel, sites: tuple[Site, ...], linear: bool) -> None:
+        self.stack, self.host, self.hf, self.linear = stack, host, hf, linear
         self.patterns: dict[int, Tensor] = {}
+        self.calls: dict[int, Call] = {}
+        self.fitted: dict[Any, FrozenNorm] = {}
         # What modules were given and what they returned, by what they are called here.
         self.seen: dict[Any, tuple[Any, Any]] = {}
-        self.norms: dict[Any, nn.Module] = {"final_norm": _part(hf, host.final_norm)}
-        _take_over(stack, hf, host, self._attend)
-        for layer, block in enumerate(_blocks(hf, host)):
+        self.norms: dict[Any, nn.Module] = {"final_norm": part_of(hf, host.final_norm)}
+        take_over(stack, hf, host, self._attend)
+        for layer, block in enumerate(blocks_of(hf, host)):
             for name in host.architecture.norms:
-                self.norms[layer, name] = _part(block, name)
-            self._see(("mlp_out", layer), _part(block, self._place("mlp_out").module))
+                self.norms[layer, name] = part_of(block, name)
+            self._note_call(layer, part_of(block, host.architecture.attention))
         for key, norm in self.norms.items():
+            # Before all else that looks at its output.
             self._see(key, norm)
+        for layer, block in enumerate(blocks_of(hf, host)):
+            self._see(("mlp_out", layer), part_of(block, self._place("mlp_out").module))
         for site in sites:
             if site.layer >= host.n_layers:
                 raise FreezeError(f"there is no {site}: the model has layers 0-{host.n_layers - 1}")
-            self._see(site, _part(_blocks(hf, host)[site.layer], self._place(site.name).module))
+            self._see(site, part_of(blocks_of(hf, host)[site.layer], self._place(site.name).module))
         self._see("embeddings", hf.get_input_embeddings())  # type: ignore[operator]
         self._see("unembedded", hf.get_output_embeddings())  # type: ignore[operator]
 
@@ -229,9 +148,13 @@ class _Recorder:
         for key in self.norms:
             if key not in self.seen:
                 raise FreezeError(_unused(_called(key), "seen"))
-        norms = {key: FrozenNorm.of(norm, *self.seen[key], name=_called(key)) for key, norm in self.norms.items()}
+        norms: dict[Any, FrozenNorm] = {}
+        for key, norm in self.norms.items():
+            found = self.fitted.get(key)
+            norms[key] = FrozenNorm.of(norm, *self.seen[key], name=_called(key)) if found is None else found
         return Recording(
             patterns=self.patterns,
+            calls=self.calls,
             final_norm=norms.pop("final_norm"),
             norms=norms,
             mlp_out={layer: self.seen["mlp_out", layer][1] for layer in range(self.host.n_layers)},
@@ -242,7 +165,7 @@ class _Recorder:
         )
 
     def _attend(self, layer: int, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        output, pattern = _eager(module)(module, *args, **kwargs)
+        output, pattern = eager(module)(module, *args, **kwargs)
         if pattern is not None:
             self.patterns[layer] = pattern
         return output, pattern
@@ -251,10 +174,24 @@ class _Recorder:
         if module is None:
             return
 
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            self.seen[key] = (args[0] if args else kwargs.get("hidden_states"), _first(output))
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            x: Any = args[0] if args else kwargs.get("hidden_states")
+            y = _first(output)
+            replaced = None
+            if self.linear and key in self.norms:
+                norm = FrozenNorm.of(module, x, y, name=_called(key))
+                y = replaced = norm.affine(x)
+                self.fitted[key] = replace(norm, y=y)
+            self.seen[key] = (x, y)
+            return replaced
 
         self.stack.callback(module.register_forward_hook(see, with_kwargs=True).remove)
+
+    def _note_call(self, layer: int, module: nn.Module) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.calls[layer] = Call.of(args, kwargs)
+
+        self.stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
 
     def _place(self, name: str) -> Any:
         return self.host.architecture.places(self.host.parallel)[name]
@@ -264,7 +201,9 @@ class _Recorder:
         value = self.seen[site][place.side == "output"]
         if not place.before_gain:
             return value
-        norm = _blocks(self.hf, self.host)[site.layer].get_submodule(place.module)
+        if (site.layer, place.module) in self.fitted:
+            return self.fitted[site.layer, place.module].normalised(value)
+        norm = blocks_of(self.hf, self.host)[site.layer].get_submodule(place.module)
         return normalise(norm, self.host.architecture.centred, value)
 
 
@@ -347,10 +286,10 @@ class Frozen:
         self.norms: dict[str, tuple[nn.Module, FrozenNorm]] = {}
         for layer in sorted(norms):
             for name in names:
-                module = _part(_blocks(hf, host)[layer], name)
+                module = part_of(blocks_of(hf, host)[layer], name)
                 self.norms[_called((layer, name))] = (module, recording.norms[layer, name])
         if final_norm:
-            self.norms[_called("final_norm")] = (_part(hf, host.final_norm), recording.final_norm)
+            self.norms[_called("final_norm")] = (part_of(hf, host.final_norm), recording.final_norm)
         self.promised = [*(f"layer {layer}'s attention pattern" for layer in sorted(patterns)), *self.norms]
         self._used: set[str] = set()
         self._stack = ExitStack()
@@ -358,7 +297,7 @@ class Frozen:
     def __enter__(self) -> Frozen:
         _check_can_freeze(self.hf)
         with ExitStack() as stack:
-            _take_over(stack, self.hf, self.host, self._attend)
+            take_over(stack, self.hf, self.host, self._attend)
             for name, (module, norm) in self.norms.items():
                 # Ahead of all others: whoever edits this norm's output edits the frozen one's.
                 hook = module.register_forward_hook(partial(self._normalise, name, norm), prepend=True)
@@ -384,7 +323,7 @@ class Frozen:
         self, layer: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
         if layer not in self.patterns:
-            return _eager(module)(module, query, key, value, *args, **kwargs)
+            return eager(module)(module, query, key, value, *args, **kwargs)
         name, pattern = f"layer {layer}'s attention pattern", self.recording.patterns[layer]
         rows = value.shape[0]
         _check_shape(name, tuple(pattern.shape), (rows, pattern.shape[1], query.shape[2], value.shape[2]))

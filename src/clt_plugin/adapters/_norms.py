@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -80,6 +80,40 @@ class FrozenNorm:
     def linear(self, x: Tensor) -> Tensor:
         """Return ``gain * centre(x) * scale``, (..., position, d)."""
         return self.gain * (_centre(x) if self.centred else x) * self.scale
+
+    def affine(self, x: Tensor) -> Tensor:
+        """Return ``gain * centre(x) * scale + bias``, (batch, position, d), in the input's dtype."""
+        return (self.linear(x.to(self.gain.dtype)) + self.bias).to(x.dtype)
+
+    def at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Return ``gain * centre(x) * scale`` of vectors that lie at some positions of the only row.
+
+        Args:
+            x: (n, ..., d).
+            positions: (n,).
+        """
+        scale = self.scale[0, positions].view(-1, *[1] * (x.ndim - 1))
+        return self.gain * (_centre(x) if self.centred else x) * scale
+
+    def transposed(self, g: Tensor, scale: Tensor) -> Tensor:
+        """Return the gradient at the input for one at the output, (..., d).
+
+        Args:
+            g: (..., d).
+            scale: The scales of its positions, to be broadcast, (..., 1).
+        """
+        g = self.gain * g
+        return (_centre(g) if self.centred else g) * scale
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> FrozenNorm:
+        """Return the linear map in another dtype, or on another device."""
+        moved = {name: getattr(self, name).to(device, dtype) for name in ("gain", "bias", "scale")}
+        return replace(self, **moved)
+
+    def normalised(self, x: Tensor) -> Tensor:
+        """Return ``centre(x) * scale``, which comes before gain and bias, (batch, position, d), in its dtype."""
+        wide = x.to(self.gain.dtype)
+        return ((_centre(wide) if self.centred else wide) * self.scale).to(x.dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the output at an input of the recorded positions, (batch, position, d), in its dtype.

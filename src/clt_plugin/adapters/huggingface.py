@@ -88,7 +88,9 @@ def crosscoder_for(
     return clt if layers is None and features is None else clt.select(layers, features)
 
 
-def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str, edits: Any = None) -> HostModel:
+def check_fits(
+    crosscoder: Crosscoder, model: nn.Module, mode: str, edits: Any = None, together: bool = False
+) -> HostModel:
     """Refuse a crosscoder that does not fit a model, or cannot be attached in a mode; warn of another name.
 
     Args:
@@ -96,6 +98,7 @@ def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str, edits: Any =
         model: The Hugging Face model.
         mode: One of `MODES`.
         edits: What is to be edited, or None.
+        together: Whether all groups are encoded together, from a run that was recorded.
     """
     if mode not in MODES:
         raise AttachError(f"mode must be one of {', '.join(MODES)}, not {mode!r}")
@@ -110,7 +113,7 @@ def check_fits(crosscoder: Crosscoder, model: nn.Module, mode: str, edits: Any =
     _check_dimensions(crosscoder, host)
     sites = crosscoder.sites
     check_sites(host.architecture, host.parallel, [site.name for site in (*sites.read, *sites.write)])
-    _check_mode(crosscoder, mode)
+    _check_mode(crosscoder, mode, together)
     check_runs_once(model)
     wanted, found = crosscoder.host.model_name, _own_name(host.name)
     if wanted and found and _own_name(wanted) != found:
@@ -154,7 +157,7 @@ def _layers_implied(crosscoder: Crosscoder) -> int | None:
     return wiring.n_layers if from_the_first and wiring.n_layers > 1 and not crosscoder.is_partial else None
 
 
-def _check_mode(crosscoder: Crosscoder, mode: str) -> None:
+def _check_mode(crosscoder: Crosscoder, mode: str, together: bool) -> None:
     activation = crosscoder.activation
     if activation.has_batch_threshold:
         unmeasured = crosscoder.training or any(bool(t.isnan()) for t in crosscoder.threshold or ())
@@ -163,7 +166,7 @@ def _check_mode(crosscoder: Crosscoder, mode: str) -> None:
                 "in training mode, or before its threshold is measured, BatchTopK selects over the whole batch: call "
                 "estimate_threshold(x) on typical inputs and eval() first"
             )
-    elif activation.joint:
+    elif activation.joint and not together:
         raise AttachError(
             f"{activation} selects over all layers together, which a forward pass reaches one by one: a jointly "
             "selected TopK needs a per-token threshold; use encode() on recorded activations"

@@ -154,6 +154,9 @@ class FixedRun(LiveRun):
             if write == site:
                 moved = self.inputs[read] - self.reads[read]
                 skip = self.crosscoder.skip(site, {read: moved.to(self.crosscoder.device)})
+                if skip is not None and self.excluded is not None:
+                    # No crosscoder acts there: the MLP's output is held, as that of a layer without one.
+                    skip = skip.masked_fill(self.excluded.to(skip.device)[..., None], 0)
                 y = y if skip is None else y + skip.to(y)
         return y.to(device=own.device, dtype=own.dtype)
 
@@ -278,10 +281,7 @@ class Engine:
         where = self._frozen_places(layer)
         if layer not in self.frozen_norms and where is None:
             return live
-        frozen = self._frozen_norm(layer)
-        wide = x.to(frozen.gain.dtype)
-        wide = wide - wide.mean(-1, keepdim=True) if frozen.centred else wide
-        kept = (wide * frozen.scale).to(x.dtype)
+        kept = self._frozen_norm(layer).normalised(x)
         return kept if layer in self.frozen_norms or where is None else torch.where(where.to(x.device), kept, live)
 
     def _frozen_norm(self, layer: int) -> FrozenNorm:

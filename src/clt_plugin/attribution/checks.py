@@ -1,0 +1,279 @@
+"""What a graph's certificate is made of: each function measures one thing that could be quietly wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clt_plugin.adapters._frozen import frozen as frozen_run
+from clt_plugin.attribution.certificate import Certificate
+from clt_plugin.attribution.edges import Edges
+from clt_plugin.attribution.linear import FrozenMap
+from clt_plugin.attribution.local import LocalReplacement
+from clt_plugin.attribution.resolve import Resolved
+from clt_plugin.attribution.sources import Sources, feature_writes
+from clt_plugin.core.crosscoder import Crosscoder
+from clt_plugin.core.features import SparseFeatures, SparseGroup
+from clt_plugin.core.wiring import Site
+from clt_plugin.interventions._engine import Engine, FixedRun
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""How far off a check may be, by the coarsest dtype that took part. A correct graph's rows are off by about 3e-7 in
+float32 and 6e-3 in bfloat16; columns, and layers, by a few times that."""
+
+
+def tolerance_for(*dtypes: torch.dtype) -> float:
+    """Return the tolerance that suits the coarsest of some dtypes."""
+    return max(TOLERANCES[dtype] for dtype in dtypes)
+
+
+def layer_residuals(frozen: FrozenMap) -> list[float]:
+    """Return how far each layer's frozen attention is from what the model's own put out, then the head.
+
+    Returns:
+        For each layer the largest difference, relative to the output's largest entry; last, that of the final norm
+        and the unembedding, for one random direction of logits.
+    """
+    found = []
+    for layer, step in enumerate(frozen.layers):
+        own = frozen.value(layer, "attn_out")
+        ours = step.attend(frozen.value(layer, "resid_pre")[:, None])[:, 0] + step.constant
+        found.append(_relative(ours, own))
+    if frozen.unembedding is None or frozen.recording.unembedded is None:
+        return [*found, 0.0]
+    last = torch.tensor([frozen.n_positions - 1])
+    x = frozen.value(frozen.n_layers - 1, "resid_post")[last]
+    normed = frozen.final_norm.at(x, last) + frozen.final_norm.bias
+    own = frozen.recording.unembedded[0, last].to(frozen.dtype)
+    # In the model's own dtype, whose unembedding may be too large to copy.
+    ours = (normed.to(frozen.unembedding) @ frozen.unembedding.T).to(own)
+    if frozen.unembedding_bias is not None:
+        ours = ours + frozen.unembedding_bias.to(own)
+    return [*found, _relative(ours, own.to(ours.device))]
+
+
+def reconstruction_residual(crosscoder: Crosscoder, frozen: FrozenMap, sources: Sources, acting: Tensor) -> float:
+    """Return how far what the sources write is from the crosscoder's own decode, at positions where it acts.
+
+    Args:
+        crosscoder: The crosscoder, which decodes the features anew.
+        frozen: The map, with the recorded reads.
+        sources: The sources.
+        acting: Positions at which it acts and that are not zeroed, (position,).
+    """
+    features = sources.features
+    groups = []
+    for g, size in enumerate(crosscoder.group_sizes):
+        nodes = features.of_group(g)
+        nodes = nodes[torch.argsort(features.position[nodes], stable=True)]
+        at, device = (features.position[nodes], features.latent[nodes]), crosscoder.device
+        values = features.activation[nodes].to(device, crosscoder.dtype)
+        groups.append(SparseGroup(at[0].to(device), at[1].to(device), values, size))
+    sparse = SparseFeatures(tuple(groups), (frozen.n_positions,), False)
+    # The other path than the one that gathers rows, where weights are in memory.
+    decoded: Any = sparse if crosscoder.is_lazy else tuple(sparse.dense(g) for g in range(len(groups)))
+    reads = {site: frozen.recording.sites[site][0].to(crosscoder.device) for site in crosscoder.wiring.read_sites}
+    theirs = crosscoder.decode(decoded, reads, **({} if crosscoder.is_lazy else {"path": "dense"}))
+    worst = 0.0
+    for site, expected in theirs.items():
+        ours = feature_writes(sources, site.layer) + crosscoder.bias(site).to(frozen.device, frozen.dtype)
+        skip = crosscoder.skip(site, reads)
+        if skip is not None:
+            ours = ours + skip.to(ours)
+        worst = max(worst, _relative(ours[acting], expected.to(ours)[acting]))
+    return worst
+
+
+class _Changed(FixedRun):
+    """MLP outputs of another run with given changes, and the affine skips' response to what follows from them."""
+
+    def __init__(
+        self, crosscoder: Crosscoder, outputs: Mapping[Site, Tensor], reads: Mapping[Site, Tensor], given: Any
+    ) -> None:
+        every = frozenset(site.layer for site in outputs)
+        super().__init__(crosscoder, None, outputs, reads, every)
+        self.given = given
+
+    def begin(self, excluded: Tensor | None, now: Any = None) -> None:
+        self.clear()
+        self.excluded = excluded
+        self.changes = dict(self.given)
+
+    def encode(self, group: int, visit: Any) -> None:
+        """Encode nothing: what is read is looked at once the run is over."""
+
+
+def columns(
+    hf: nn.Module,
+    inputs: Mapping[str, Any],
+    crosscoder: Crosscoder,
+    frozen: FrozenMap,
+    sources: Sources,
+    chosen: Tensor,
+    targets: Sequence[Resolved],
+) -> tuple[Tensor, Tensor]:
+    """Return what some features do, by running the model's own modules with patterns and norms frozen.
+
+    Each feature's writes are added, times a factor that makes them as large as the residual stream: what follows is
+    linear, and rounding is small beside it.
+
+    Args:
+        hf: The plain model.
+        inputs: As for the recorded run.
+        crosscoder: The crosscoder.
+        frozen: The map, with the recording.
+        sources: The sources.
+        chosen: Which features, (k,).
+        targets: The targets; of directions nothing is measured.
+
+    Returns:
+        (k, features + targets): the changes over the factor; nan for directions.
+    """
+    recording, features, k = frozen.recording, sources.features, len(chosen)
+    sites, wiring = recording.sites, crosscoder.wiring
+    given = {
+        site: torch.zeros(k, frozen.n_positions, frozen.d_model, dtype=frozen.dtype) for site in wiring.write_sites
+    }
+    size = max(float(recording.mlp_out[layer].abs().max()) for layer in recording.mlp_out) or 1.0
+    factors = torch.ones(k, dtype=frozen.dtype)
+    for row, node in enumerate(chosen.tolist()):
+        g, position = int(features.group[node]), int(features.position[node])
+        latent = features.latent[node : node + 1].to(crosscoder.device)
+        written = crosscoder.decoder_vectors(g, latent)[0].detach().to("cpu", frozen.dtype)
+        written = written * features.activation[node].cpu()
+        factors[row] = 4 * size / max(float(written.abs().max()), 1e-30)
+        for site, place in crosscoder.layout.write_slices[g].items():
+            given[site][row, position] = factors[row] * written[place]
+    device = frozen.device
+    changes = {site: change.to(device) for site, change in given.items()}
+    outputs = {site: sites[site] for site in wiring.write_sites}
+    reads = {site: sites[site] for site in wiring.read_sites}
+    run = _Changed(crosscoder, outputs, reads, changes)
+    held = {layer: out.expand(k, -1, -1) for layer, out in recording.mlp_out.items()}
+    for site in wiring.write_sites:
+        held.pop(site.layer)
+    every = frozenset(range(frozen.n_layers))
+    rows = {key: v.expand(k, -1) if isinstance(v, Tensor) and v.ndim == 2 else v for key, v in inputs.items()}
+    engine = Engine(hf, frozen.host, run, (), recording, every, held)
+    with torch.no_grad(), frozen_run(hf, frozen.host, recording), engine, _unembedded(hf) as seen:
+        hf(**{**rows, "use_cache": False})
+        moved = {site: (run.inputs[site] - reads[site]).to(frozen.dtype) for site in wiring.read_sites}
+    unmeasured = torch.full((k, len(targets)), torch.nan, dtype=frozen.dtype, device=device)
+    found = torch.cat((_changes_of_features(crosscoder, sources, moved), unmeasured), dim=1)
+    for number, target in enumerate(targets):
+        if target.coefficients and recording.unembedded is not None:
+            at = int(target.readings.positions[0])
+            change = (seen[-1][:, at] - recording.unembedded[:, at]).to(device, frozen.dtype)
+            shares = torch.tensor(list(target.coefficients.values()), dtype=frozen.dtype, device=device)
+            change = change[:, list(target.coefficients)] - change.mean(-1, keepdim=True)
+            found[:, len(features) + number] = change @ shares
+    return found / factors.to(device)[:, None], factors
+
+
+def _changes_of_features(crosscoder: Crosscoder, sources: Sources, moved: Mapping[Site, Tensor]) -> Tensor:
+    """Return how much each feature's pre-activation changes with what is read, (k, features)."""
+    features, rows = sources.features, len(next(iter(moved.values())))
+    found = sources.errors.new_empty(rows, len(features))
+    for g, sites in enumerate(crosscoder.wiring.reads):
+        nodes = features.of_group(g)
+        if len(nodes):
+            x = torch.cat([moved[site] for site in sites], dim=-1)[:, features.position[nodes]]
+            used, which = features.latent[nodes].unique(return_inverse=True)
+            encoders = crosscoder.encoder_vectors(g, used.to(crosscoder.device)).detach().to(x)
+            found[:, nodes] = torch.einsum("knd,nd->kn", x, encoders[which])
+    return found
+
+
+class _unembedded:
+    """What the unembedding puts out while the context lasts."""
+
+    def __init__(self, hf: nn.Module) -> None:
+        self.head: Any = hf.get_output_embeddings()  # type: ignore[operator]
+
+    def __enter__(self) -> list[Tensor]:
+        seen: list[Tensor] = []
+        self.hook = None
+        if self.head is not None:
+            self.hook = self.head.register_forward_hook(lambda module, args, output: seen.append(output))
+        return seen
+
+    def __exit__(self, *_: object) -> None:
+        if self.hook is not None:
+            self.hook.remove()
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, relative to the largest entry; nan counts as infinite."""
+    if not theirs.numel():
+        return 0.0
+    apart, largest = (ours - theirs).abs().max(), theirs.abs().max()
+    return float((apart / largest.clamp(min=torch.finfo(ours.dtype).tiny)).nan_to_num(nan=torch.inf))
+
+
+# ---------------------------------------------------------------- the whole
+
+
+def certify(
+    hf: nn.Module,
+    local: LocalReplacement,
+    edges: Edges,
+    resolved: Sequence[Resolved],
+    ids: Sequence[str],
+    check_columns: int,
+    tolerance: float | None,
+) -> Certificate:
+    """Check what can be checked of a graph.
+
+    Args:
+        hf: The plain model.
+        local: The local replacement model.
+        edges: The edges.
+        resolved: The targets.
+        ids: Of all nodes.
+        check_columns: How many columns to compare with a direct run.
+        tolerance: What the checks must stay below; None for what suits the dtypes.
+    """
+    frozen, sources, crosscoder = local.frozen, local.sources, local.crosscoder
+    row_ids = [*ids[: len(edges.nodes)], *ids[len(ids) - len(resolved) :]]
+    residuals = edges.residuals()
+    worst = int(residuals.argmax())
+    column, chosen = _column_residual(hf, local, edges, resolved, check_columns)
+    model_dtype = next(hf.parameters()).dtype
+    coarsest = (model_dtype, crosscoder.dtype, frozen.dtype)
+    return Certificate(
+        max_relative_residual=float(residuals[worst]),
+        median_relative_residual=float(residuals.median()),
+        worst=row_ids[worst],
+        tolerance=tolerance_for(*coarsest) if tolerance is None else tolerance,
+        column_residual=column,
+        columns=tuple(ids[i] for i in chosen),
+        reconstruction_residual=reconstruction_residual(crosscoder, frozen, sources, local.acting),
+        layer_residuals=tuple(layer_residuals(frozen)),
+        dtype=str(frozen.dtype).removeprefix("torch."),
+        model_dtype=str(model_dtype).removeprefix("torch."),
+    )
+
+
+def _column_residual(
+    hf: nn.Module, local: LocalReplacement, edges: Edges, resolved: Sequence[Resolved], k: int
+) -> tuple[float, list[int]]:
+    """Compare a few columns with a direct run; return the largest relative difference, and which they are."""
+    kept = len(edges.nodes)
+    if not k or not kept:
+        return float("nan"), []
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(kept, generator=generator)[:k].sort().values
+    nodes = edges.nodes[chosen.to(edges.nodes.device)]
+    direct, factors = columns(hf, local.inputs, local.crosscoder, local.frozen, local.sources, nodes, resolved)
+    rows = torch.cat((edges.nodes, len(local.sources.features) + torch.arange(len(resolved)).to(edges.nodes)))
+    ours = edges.block[:, chosen.to(edges.block.device)].T
+    direct = direct[:, rows].to(ours)
+    apart = torch.where(direct.isnan(), 0, ours - direct).abs().amax(1)
+    largest = torch.maximum(ours.abs().amax(1), direct.nan_to_num().abs().amax(1))
+    # What was added is as large as what the MLPs write, so that an effect much smaller than the values themselves is
+    # next to none: there the direct run shows its rounding.
+    floor = edges.values.abs().max() / factors.to(ours)
+    return float((apart / torch.maximum(largest, floor)).max()), chosen.tolist()
