@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -86,13 +86,70 @@ def list_known(
     Console().print(_or_exit(lambda: CATALOGUE.table(containing)))
 
 
+@app.command()
+def attribute(
+    model: Annotated[str, typer.Argument(help="A model's name on the Hub, a folder, or demo.")],
+    clt: Reference,
+    prompt: Annotated[str, typer.Argument(help="The text whose next token is to be explained.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write into.")] = Path("graph"),
+    target: Annotated[
+        list[str] | None, typer.Option("--target", "-t", help="A token to explain; may be repeated. Default: the top.")
+    ] = None,
+    max_n_logits: Annotated[int, typer.Option(help="At most so many of the likeliest tokens.")] = 10,
+    desired_logit_prob: Annotated[float, typer.Option(help="As few of them as have this probability.")] = 0.95,
+    max_feature_nodes: Annotated[int | None, typer.Option(help="Keep the most influential features only.")] = None,
+    zero_bos: Annotated[bool, typer.Option(help="Count features and errors at the first position as 0.")] = False,
+    node_threshold: Annotated[float, typer.Option(help="Of pruning, for the JSON and the page.")] = 0.8,
+    edge_threshold: Annotated[float, typer.Option(help="Of pruning, for the JSON and the page.")] = 0.98,
+    dtype: Annotated[Dtype | None, typer.Option(help="Load the model and the crosscoder in it.")] = None,
+    source_set: Annotated[str | None, typer.Option(help="The features' set on Neuronpedia, such as clt-hp.")] = None,
+) -> None:
+    """Trace which features and tokens make a prediction: the graph, its JSON, its page and its scores."""
+    from clt_plugin import attribute as attribute_prompt
+
+    def run() -> list[Path]:
+        host, crosscoder = _model_and_clt(model, clt, dtype)
+        graph = attribute_prompt(
+            host,
+            prompt,
+            target or None,
+            clt=crosscoder,
+            max_n_logits=max_n_logits,
+            desired_logit_prob=desired_logit_prob,
+            max_feature_nodes=max_feature_nodes,
+            zero_bos=zero_bos,
+        )
+        typer.echo(f"{graph}\n{graph.certificate}\n{graph.scores()}")
+        thresholds: dict[str, Any] = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
+        return graph.write(output, source_set=source_set, **thresholds)
+
+    for path in _or_exit(run):
+        typer.echo(f"wrote {path}")
+
+
+def _model_and_clt(model: str, clt: str, dtype: Dtype | None) -> tuple[Any, Any]:
+    """Load a model into nnsight, and a crosscoder; ``demo`` is the bundled one of either."""
+    import torch
+
+    from clt_plugin import demo as bundled
+    from clt_plugin import load
+
+    kept = getattr(torch, dtype.value) if dtype else None
+    crosscoder = bundled.load_clt(kept or torch.float32) if clt == "demo" else load(clt, dtype=kept)
+    if model == "demo":
+        return bundled.load_nnsight(), crosscoder
+    from nnsight.modeling.transformers import TransformersModel
+
+    return TransformersModel(model, dispatch=True, **({"dtype": kept} if kept else {})), crosscoder
+
+
 def _or_exit(call: Callable[[], T]) -> T:
     """Call; print an error of ours as one line, without a traceback."""
     from clt_plugin.core import RegistryError
 
     try:
         return call()
-    except (OSError, ValueError, RegistryError) as error:  # the others of ours are kinds of these
+    except (OSError, ValueError, ArithmeticError, RegistryError) as error:  # the others of ours are kinds of these
         typer.secho(f"clt: {error}", err=True, fg="red")
         raise typer.Exit(2) from error
 

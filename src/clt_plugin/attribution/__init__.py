@@ -1,6 +1,7 @@
 """Attribution graphs: exact, certified, and to be looked at."""
 
 from clt_plugin.attribution.certificate import Certificate, CertificateError
+from clt_plugin.attribution.examples import top_examples
 from clt_plugin.attribution.graph import Graph, GraphError, GraphInfo
 from clt_plugin.attribution.targets import difference, direction, feature, logit
 from clt_plugin.attribution.trace import attribute
@@ -16,4 +17,5 @@ __all__ = [
     "direction",
     "feature",
     "logit",
+    "top_examples",
 ]

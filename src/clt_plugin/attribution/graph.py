@@ -20,6 +20,8 @@ from torch import Tensor
 from clt_plugin.attribution.certificate import Certificate
 
 if TYPE_CHECKING:
+    import pathlib
+
     import networkx as nx
     import pandas as pd
 
@@ -217,6 +219,12 @@ class Graph:
             self.index(node)
         return replace(self, labels={node: text for node, text in both.items() if text})
 
+    def with_notes(self, notes: str | PathLike[str] | Mapping[str, Any]) -> Graph:
+        """Take over labels and supernodes that were saved from the page; see `clt_plugin.attribution.notes`."""
+        from clt_plugin.attribution.notes import with_notes
+
+        return with_notes(self, notes)
+
     def with_supernode(self, name: str, nodes: Any) -> Graph:
         """Return the graph with nodes grouped under a name; a group of that name is replaced.
 
@@ -402,6 +410,30 @@ class Graph:
         for (target, source), weight in zip(places.tolist(), weights, strict=True):
             result.add_edge(ids[source], ids[target], weight=weight)
         return result
+
+    def to_json(self, path: str | PathLike[str], **options: Any) -> pathlib.Path:
+        """Write Neuronpedia's JSON of the graph, pruned first; see `clt_plugin.attribution.export.to_json`."""
+        from clt_plugin.attribution.export import to_json
+
+        return to_json(self, path, **options)
+
+    def to_viewer(self, folder: str | PathLike[str], **options: Any) -> pathlib.Path:
+        """Write a folder for circuit-tracer's viewer; see `clt_plugin.attribution.export.to_viewer`."""
+        from clt_plugin.attribution.export import to_viewer
+
+        return to_viewer(self, folder, **options)
+
+    def to_html(self, path: str | PathLike[str], **options: Any) -> pathlib.Path:
+        """Write one self-contained page to look at it; see `clt_plugin.report.graph_page.write_page`."""
+        from clt_plugin.report.graph_page import write_page
+
+        return write_page(self, path, **options)
+
+    def write(self, folder: str | PathLike[str], name: str = "graph", **options: Any) -> list[pathlib.Path]:
+        """Write the graph, its JSON, its page and its scores; see `clt_plugin.attribution.bundle.write`."""
+        from clt_plugin.attribution.bundle import write
+
+        return write(self, folder, name, **options)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save to one safetensors file, whole or not at all; what is saved is loaded exactly."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ASSETS = Path(__file__).parent / "assets"
+CORPUS = Path(__file__).parent / "corpus"
 NAME = "clt_plugin/demo"
 """The language model's name, as its transcoders know it."""
 
@@ -24,6 +25,11 @@ MIT_PROMPT = (
     "the rights to use, copy, modify, merge, publish, distribute, sublicense, and/or"
 )
 """The MIT licence up to the word that the language model has learnt by heart: " sell"."""
+
+
+def load_corpus() -> list[str]:
+    """Load the texts that the language model and its transcoders were trained on, licences first."""
+    return [path.read_text(encoding="utf-8") for path in sorted(CORPUS.rglob("*.txt"))]
 
 
 def load_model(dtype: torch.dtype = torch.float32) -> PreTrainedModel:

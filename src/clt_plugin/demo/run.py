@@ -15,8 +15,9 @@ from rich.table import Table
 from torch import Tensor
 
 from clt_plugin.adapters import add_clt
+from clt_plugin.attribution import attribute, top_examples
 from clt_plugin.core import Crosscoder
-from clt_plugin.demo.bundled import MIT_PROMPT, load_bridge, load_clt, load_nnsight
+from clt_plugin.demo.bundled import MIT_PROMPT, load_bridge, load_clt, load_corpus, load_nnsight
 from clt_plugin.report import plot_features
 
 MODES = ("replace", "replace_with_error")
@@ -34,6 +35,7 @@ class DemoResult:
         predictions: For each library and mode, the top token and the answer's probability.
         feature: The (layer, position, feature) found, whose effect on the answer is the largest by gradient.
         edits: For each edit of that feature, the answer's probability and logit in each library.
+        graph: The attribution graph's nodes, scores and certificate.
         seconds: How long it took.
     """
 
@@ -44,6 +46,7 @@ class DemoResult:
     predictions: list[dict[str, Any]] = field(default_factory=list)
     feature: tuple[int, int, int] = (0, 0, 0)
     edits: list[dict[str, Any]] = field(default_factory=list)
+    graph: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -51,7 +54,8 @@ def run_demo(output: str | PathLike[str] = "demo-report", console: Console | Non
     """Run the demo, print what it finds, and write a report folder.
 
     Args:
-        output: The folder to write ``features.png`` and ``results.json`` into; made if missing.
+        output: The folder to write ``features.png``, ``results.json`` and the attribution graph (``graph.html``,
+            ``graph.json``, ``graph.safetensors``, ``graph-scores.json``) into; made if missing.
         console: Where to print.
     """
     started, console = time.perf_counter(), console or Console()
@@ -70,11 +74,13 @@ def run_demo(output: str | PathLike[str] = "demo-report", console: Console | Non
 
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
+    graph = _trace(model, clt, result, folder, console)
     title = "Active features of the demo CLT, by layer and position; ringed: the one edited"
     plot_features(features, tokens, title, result.feature).savefig(folder / "features.png", dpi=130)
     result.seconds = round(time.perf_counter() - started, 1)
     (folder / "results.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     console.print(f"\nwrote {folder}/features.png and {folder}/results.json in {result.seconds} s", highlight=False)
+    console.print(f"open {graph} in a browser: the attribution graph of {result.answer!r}", highlight=False)
     return result
 
 
@@ -173,6 +179,25 @@ def _edit_feature(
         cells = (f"p = {row[lib]['probability']:.4f}, logit {row[lib]['logit']:.2f}" for lib in list(row)[1:])
         table.add_row(f"{factor:g}" + {1.0: " (unchanged)", 0.0: " (ablated)"}.get(factor, ""), *cells)
     console.print(table)
+
+
+def _trace(model: Any, clt: Crosscoder, result: DemoResult, folder: Path, console: Console) -> Path:
+    """Trace the answer back to features and tokens, and write the graph; return the page."""
+    graph = attribute(model, MIT_PROMPT, clt=clt, bar=False)
+    pruned = graph.prune()
+    scores = graph.scores()
+    # A part of the corpus: all of it would take a minute.
+    known = top_examples(model, pruned, load_corpus()[::6], clt=clt, bar=False)
+    _, _, page, _ = graph.write(folder, feature_info=known)
+    result.graph = {"nodes": len(graph), "pruned": len(pruned), "scores": asdict(scores)}
+    result.graph["largest_residual"] = graph.certificate.max_relative_residual
+    answer = pruned.nodes["id"].iloc[-1]
+    console.print(f"\nAttribution graph: {len(graph)} nodes, {len(pruned)} once pruned; {scores}", highlight=False)
+    console.print(str(graph.certificate), highlight=False)
+    inputs = graph.inputs(answer, 5)
+    strongest = [f"{graph.label(i)} {weight:+.2f}" for i, weight in zip(inputs["id"], inputs["weight"], strict=True)]
+    console.print(f"strongest inputs of {result.answer!r}: {'; '.join(strongest)}", highlight=False, markup=False)
+    return page
 
 
 def _last_logits(host: Any) -> Tensor:
