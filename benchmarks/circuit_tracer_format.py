@@ -22,9 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
@@ -33,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _circuit_tracer import add_environment, ask, environment, snapshot
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -41,10 +39,8 @@ from torch import Tensor
 import clt_plugin as cp
 from clt_plugin.formats._hooks import TRANSFORMER_LENS
 
-PEERS = Path(__file__).parent / "peers"
-PINS, WORKER = PEERS / "circuit-tracer.txt", PEERS / "circuit_tracer_worker.py"
+WORKER = "circuit_tracer_worker.py"
 N_LAYERS, D_MODEL, N_LATENTS, N_TOKENS = 5, 20, 48, 32
-COMMIT = "0" * 40
 # The largest difference allowed: absolute and relative to the largest entry, in bfloat16 only the latter.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-6}
 FLIPPED = 0.005  # of all latents in bfloat16
@@ -86,28 +82,6 @@ class Found:
         return f"{self.absolute:.1e} ({self.relative:.1e})"
 
 
-def environment(folder: Path, console: Console) -> Path:
-    """Return the interpreter of circuit-tracer's environment, made if it is missing or of other versions."""
-    python, ready = folder / "bin" / "python", folder / "pins"
-    if python.exists() and ready.exists() and ready.read_text() == PINS.read_text():
-        return python
-    console.print(f"Installing circuit-tracer in {folder} ...")
-    torch_pin = next(line for line in PINS.read_text().splitlines() if line.startswith("torch=="))
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # torch by itself first, as in the Makefile.
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [*pip, torch_pin],
-        [*pip, "--requirement", str(PINS)],
-        [str(python), "-m", "pip", "check"],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-    ready.write_text(PINS.read_text())
-    return python
-
-
 def jobs() -> dict[str, list[dict[str, Any]]]:
     """Say what is made on either side."""
     ours, theirs = [], []
@@ -135,28 +109,9 @@ def make(job: dict[str, Any]) -> cp.Crosscoder:
     return clt.eval()
 
 
-def snapshot(name: str, hub: Path) -> Path:
-    """Return where huggingface_hub puts the files of a repository."""
-    return hub / f"models--{name.replace('/', '--')}" / "snapshots" / COMMIT
-
-
 def save_to_hub_cache(clt: cp.Crosscoder, name: str, hub: Path) -> None:
     """Save a CLT there."""
-    folder = snapshot(name, hub)
-    clt.save(folder, format="circuit-tracer")
-    reference = folder.parents[1] / "refs" / "main"
-    reference.parent.mkdir()
-    reference.write_text(COMMIT)
-
-
-def ask(python: Path, folder: Path) -> dict[str, Any]:
-    """Let circuit-tracer do what ``jobs.json`` says, without the network; return what it told."""
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(folder / "hub"), "PYTHONPATH": ""}
-    command = [str(python), str(WORKER), str(folder)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | offline)
-    if result.returncode:
-        raise SystemExit(f"circuit-tracer failed:\n{result.stdout}{result.stderr}")
-    return json.loads((folder / "told.json").read_text())
+    clt.save(snapshot(name, hub), format="circuit-tracer")
 
 
 def compare(clt: cp.Crosscoder, x: Tensor, answers: Path, arithmetic: str, found: tuple[Found, Found]) -> None:
@@ -215,13 +170,10 @@ def check_return(clt: cp.Crosscoder, folder: Path, x: Tensor) -> tuple[Found, Fo
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    default = cache / "clt_plugin" / "peers" / "circuit-tracer"
-    where = "where circuit-tracer is, or is installed; by default a folder in the user's cache"
-    parser.add_argument("--environment", type=Path, default=default, help=where)
+    add_environment(parser)
     options = parser.parse_args()
     console = Console(width=140)
-    python = environment(options.environment.absolute(), console)
+    python = environment(options.environment, console)
     table = Table(caption="largest differences: absolute (relative to the largest entry)")
     for column in ("direction", "what", "files", "arithmetic", "features", "reconstructions", "active in one", "agree"):
         table.add_column(column, no_wrap=True, justify="right" if 3 < len(table.columns) < 7 else "left")
@@ -242,7 +194,8 @@ def main() -> None:
         for label, clt in made.items():
             save_to_hub_cache(clt, label, folder / "hub")
         (folder / "jobs.json").write_text(json.dumps({"shape": (N_LAYERS, D_MODEL, N_LATENTS), **todo}))
-        told = ask(python, folder)
+        ask(python, WORKER, folder)
+        told = json.loads((folder / "told.json").read_text())
         for job in todo["ours"]:
             same_hooks = told["hooks"][job["name"]] == list(job["hooks"])
             at = snapshot(job["name"], folder / "hub"), folder / "answers" / job["name"]

@@ -63,11 +63,11 @@ def make(job: dict[str, Any], shape: Sequence[int]) -> Any:
     return made
 
 
-def write(made: Any, folder: Path) -> None:
+def write(made: Any, folder: Path, model_name: str = "google/gemma-2-2b") -> None:
     """Write it as circuit-tracer does; its own writer leaves ``config.yaml`` to whoever publishes."""
     made.to_safetensors(str(folder))
     config = {
-        "model_name": "google/gemma-2-2b",
+        "model_name": model_name,
         "model_kind": "transcoder_set" if isinstance(made, TranscoderSet) else "cross_layer_transcoder",
         "feature_input_hook": made.feature_input_hook,
         "feature_output_hook": made.feature_output_hook,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import pytest
 import torch
+from transformers.utils.logging import warning_once
 
 import clt_plugin as cp
 from clt_plugin import Wiring
@@ -300,3 +302,17 @@ def test_what_does_not_fit_is_said_before_anything_runs():
     result = global_weights(hf, IDS[:1], CHOSEN, clt=clt, bar=False)
     with pytest.raises(GraphError, match="was not chosen"):
         result.sources((0, 4))
+
+
+def test_nothing_is_said_of_padding(caplog):
+    model = nnsight_model("gpt2")
+    model._module.config.pad_token_id = 0  # the BOS token, as in many models: transformers would take it for padding
+    warning_once.cache_clear()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.WARNING, "transformers"):  # libraries that are loaded may have silenced it
+            global_weights(model, ["w5 w9 w3", "w7"], CHOSEN, clt=make_clt(), bar=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records

@@ -15,6 +15,7 @@ from clt_plugin.attribution.edges import Edges
 from clt_plugin.attribution.local import LocalReplacement
 from clt_plugin.attribution.pull import chunks, pull
 from clt_plugin.attribution.readings import Readings
+from clt_plugin.attribution.resolve import Resolved
 from clt_plugin.attribution.table import table_of
 
 
@@ -26,15 +27,17 @@ def source_nodes(local: LocalReplacement, tokenizer: Any) -> pd.DataFrame:
         tokenizer: The model's, or None.
     """
     n, device = len(local.sources.features), local.frozen.device
-    zero = torch.zeros(n, device=device)
+    zero = torch.zeros(n + 1, device=device)
     none = Edges(zero[:, None], zero, zero, zero, torch.arange(n, device=device))
-    return table_of(local, none, (), tokenizer).drop(columns=["weight", "omitted"])
+    # A graph has a target, whose row is the last: what stands in for it here is left out again.
+    target = Resolved(local.readings(none.nodes[:0]), {"id": ""}, {})
+    return table_of(local, none, (target,), tokenizer).drop(columns=["weight", "omitted"]).iloc[:-1]
 
 
 def pulled(local: LocalReplacement, readings: Readings) -> Tensor:
     """Return the edges from all sources to some targets, (T, S), a chunk of targets at a time."""
     edges = readings.values.new_zeros(len(readings), len(local.sources))
-    for part in chunks(readings, local.frozen.d_model):
+    for part in chunks(readings, local.frozen.d_model, len(local.sources)):
         edges[part] = pull(local.frozen, local.sources, readings, part)
     return edges
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clt_plugin.adapters._attention import blocks_of, part_of, take_over
 from clt_plugin.adapters._norms import FrozenNorm
 from clt_plugin.attribution.linear import FrozenMap
-from clt_plugin.attribution.readings import Reading, Readings
+from clt_plugin.attribution.readings import Reading, Readings, order_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,8 @@ class Score:
             parts.append(Reading(layer, "resid_pre", rows[first : first + n], positions, side.weight))
         constants, values = (torch.cat([getattr(side, name) for side in sides]) for name in ("constant", "value"))
         positions = torch.cat([part.positions for part in parts])
-        return Readings(tuple(parts), constants, values, positions, torch.full_like(rows, layer))
+        last = torch.full_like(rows, order_of(layer, "resid_pre"))
+        return Readings(tuple(parts), constants, values, positions, last)
 
 
 def score_of(hf: nn.Module, frozen: FrozenMap, layer: int, head: int, query: int, key: int) -> Score:

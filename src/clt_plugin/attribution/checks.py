@@ -40,7 +40,9 @@ def layer_residuals(frozen: FrozenMap) -> list[float]:
     found = []
     for layer, step in enumerate(frozen.layers):
         own = frozen.value(layer, "attn_out")
-        ours = step.attend(frozen.value(layer, "resid_pre")[:, None])[:, 0] + step.constant
+        ours = step.constant[:, None].clone()
+        step.attend(frozen.value(layer, "resid_pre")[:, None], 0, ours)
+        ours = ours[:, 0]
         found.append(_relative(ours, own))
     if frozen.unembedding is None or frozen.recording.unembedded is None:
         return [*found, 0.0]

@@ -97,13 +97,14 @@ def all_edges(
     block = torch.empty(len(readings), len(sources), dtype=frozen.dtype, device=frozen.device)
     if direction == "push":
         step: Callable[..., Tensor] = pushing.push
-        parts = list(pushing.chunks(sources, frozen.d_model))
+        parts = list(pushing.chunks(sources, frozen.d_model, _elements(frozen, pushing.CHUNK_ELEMENTS)))
     else:
         step = pulling.pull
-        parts = list(pulling.chunks(readings, frozen.d_model))
+        parts = _pulled_chunks(local, readings)
     for nodes, found in _shared(step, local, readings, parts, devices, _wants_bar(bar, costs[direction])):
         if direction == "push":
-            block[:, nodes] = found
+            # A chunk's numbers are in a row.
+            block[:, int(nodes[0]) : int(nodes[-1]) + 1] = found
         else:
             block[nodes] = found
     every = torch.arange(len(sources.features), device=frozen.device)
@@ -151,8 +152,7 @@ def chosen_edges(
     kept = torch.cat((chosen, torch.arange(n, len(sources), device=frozen.device)))
     block = torch.empty(len(readings), len(kept), dtype=frozen.dtype, device=frozen.device)
     sums, absolute = torch.empty_like(readings.values), torch.empty_like(readings.values)
-    parts = list(pulling.chunks(readings, max(frozen.d_model, len(sources) // frozen.n_positions)))
-    for rows, found in _shared(pulling.pull, local, readings, parts, devices, shown):
+    for rows, found in _shared(pulling.pull, local, readings, _pulled_chunks(local, readings), devices, shown):
         block[rows], sums[rows], absolute[rows] = found[:, kept], found.sum(1), found.abs().sum(1)
     return Edges(block, readings.values, sums, absolute, chosen)
 
@@ -184,27 +184,14 @@ def _influence(
     reached = torch.zeros(n, dtype=torch.float64, device=device)
     shares = torch.tensor(weights, dtype=torch.float64, device=device)
     shares = shares / shares.sum() if bool(shares.sum() > 0) else shares
-    for rows, found in _shared(pulling.pull, local, readings, _downwards(frozen, sources, readings), devices, bar):
+    for rows, found in _shared(pulling.pull, local, readings, _pulled_chunks(local, readings), devices, bar):
         inputs = found[:, : sources.bias].abs().double()
         inputs = inputs / inputs.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         of_feature = rows < len(chosen)
         start = torch.where(of_feature, 0.0, shares[(rows - len(chosen)).clamp(min=0)])
-        nodes = chosen[rows.clamp(max=max(len(chosen) - 1, 0))] if len(chosen) else torch.zeros_like(rows)
-        start = start + torch.where(of_feature, reached[nodes], 0.0)
-        # Within the chunk as well: later rows hand down to earlier ones.
-        within = torch.where(of_feature[None, :], inputs[:, nodes], 0.0)
-        eye = torch.eye(len(rows), dtype=torch.float64, device=device)
-        flow = torch.linalg.solve(eye - within.T, start)
-        reached += flow @ inputs[:, :n]
+        start[of_feature] = reached[chosen[rows[of_feature]]]
+        reached += start @ inputs[:, :n]
     return reached
-
-
-def _downwards(frozen: FrozenMap, sources: Sources, readings: Readings) -> list[Tensor]:
-    """Cut rows into chunks in the order in which influence flows: from the last layer down, targets first."""
-    late = readings.last.clone()
-    order = torch.argsort(late * frozen.n_positions + readings.positions, descending=True, stable=True)
-    width = max(frozen.d_model * frozen.n_positions, len(sources))
-    return list(order.split(max(1, pulling.CHUNK_ELEMENTS // width)))
 
 
 # ---------------------------------------------------------------- who works, and what it costs
@@ -246,6 +233,16 @@ def _shared(
                 yield from _counted(parts[number : number + 1], iter([found]), progress)
 
 
+def _pulled_chunks(local: LocalReplacement, readings: Readings) -> list[Tensor]:
+    elements = _elements(local.frozen, pulling.CHUNK_ELEMENTS)
+    return list(pulling.chunks(readings, local.frozen.d_model, len(local.sources), elements))
+
+
+def _elements(frozen: FrozenMap, elements: int) -> int:
+    """Return how large a chunk may be: other devices than the CPU want more work at a time."""
+    return elements if frozen.device.type == "cpu" else 32 * elements
+
+
 def _counted(parts: Sequence[Tensor], results: Iterator[Tensor], progress: Any) -> Iterator[tuple[Tensor, Tensor]]:
     for part, found in zip(parts, results, strict=True):
         yield part, found
@@ -270,9 +267,10 @@ def push_flops(frozen: FrozenMap, sources: Sources, readings: Readings) -> float
 
 def pull_flops(frozen: FrozenMap, sources: Sources, readings: Readings) -> float:
     """Return about how many floating-point operations pulling all targets takes."""
-    before, layers = (readings.positions + 1).double(), (readings.last + 1).double()
+    before, layers = (readings.positions + 1).double(), (readings.last_layer + 1).double()
     # Every layer's writes are met by the targets above it: about as many as can see half of them.
-    writes = sum(len(sources.writing(layer)) * float((readings.last > layer).sum()) for layer in range(frozen.n_layers))
+    above = [float((readings.last_layer > layer).sum()) for layer in range(frozen.n_layers)]
+    writes = sum(len(sources.writing(layer)) * n for layer, n in enumerate(above))
     return float((layers * _sweep(frozen, before)).sum()) + writes * frozen.d_model
 
 

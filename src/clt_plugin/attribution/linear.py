@@ -90,53 +90,93 @@ class FrozenLayer:
             mlp_out=norms["mlp_out"],
         )
 
-    def attend(self, x: Tensor, start: int = 0, out: Tensor | None = None) -> Tensor:
-        """Carry states through attention: (m, rows, d) to the same.
+    def attend(self, x: Tensor, start: int, out: Tensor) -> None:
+        """Carry states through attention, and add the result.
 
         Args:
-            x: At positions start to start + m; all zero before.
+            x: At positions start to start + m, all zero before: (m, rows, d).
             start: The first position.
-            out: Where to add the result, which may be x itself; by default a new tensor.
+            out: Where to add, of the same shape; may be x itself.
         """
         (m, rows, d), here = x.shape, slice(start, start + len(x))
         kv, d_head = self.W_V.shape[1:]
-        out = torch.zeros_like(x) if out is None else out
-        if not rows:
-            return out
         values = x.reshape(m * rows, d) @ self.W_V.flatten(1)
         if self.key_scale is not None:
             values = values.view(m, -1).mul_(self.key_scale[here, None])
         values = values.view(m, rows, kv, d_head).permute(2, 0, 1, 3).reshape(kv, m, rows * d_head)
         pattern = self.pattern[:, here, here].reshape(kv, -1, m)
         mixed = torch.bmm(pattern, values).view(-1, m, rows, d_head)
-        mixed = mixed.permute(1, 2, 0, 3).reshape(m, -1)
+        self._put_out(mixed.permute(1, 2, 0, 3).reshape(m, -1), here, out)
+
+    def attend_from(self, x: Tensor, at: Tensor, start: int, out: Tensor) -> None:
+        """Carry vectors that are each at one position through attention, and add the result.
+
+        What a head puts out is then one vector a row, in other shares at each position, which costs next to nothing.
+
+        Args:
+            x: (rows, d).
+            at: Where each is, from the first position on, (rows,).
+            start: The first position.
+            out: Where to add, (m, rows, d).
+        """
+        here, group = slice(start, start + len(out)), len(self.W_O) // self.W_V.shape[1]
+        values = (x @ self.W_V.flatten(1)).view(len(x), -1, self.W_V.shape[-1])
+        heads = torch.bmm(values.repeat_interleave(group, 1).transpose(0, 1), self.W_O)  # (heads, rows, d)
+        shares = self.pattern[:, here, at + start].permute(2, 1, 0)  # (rows, m, heads)
+        if self.key_scale is not None:
+            shares = shares * self.key_scale[at + start, None, None]
+        if self.query_scale is not None:
+            shares = shares * self.query_scale[here, None]
+        out.transpose(0, 1).baddbmm_(shares, heads.transpose(0, 1))
+
+    def _put_out(self, mixed: Tensor, here: slice, out: Tensor) -> None:
         if self.query_scale is not None:
             mixed = mixed.mul_(self.query_scale[here, None])
-        out.view(m * rows, d).addmm_(mixed.view(m * rows, -1), self.W_O.flatten(0, 1))
-        return out
+        weight = self.W_O.flatten(0, 1)
+        out.view(-1, out.shape[-1]).addmm_(mixed.view(-1, len(weight)), weight)
 
     def attend_transposed(self, g: Tensor, out: Tensor) -> None:
-        """Carry gradients back through attention.
+        """Carry gradients back through attention, and add the result.
 
         Args:
             g: At the first m positions, (m, rows, d).
-            out: Where to add the result, of the same shape; may be g itself.
+            out: Where to add, of the same shape; may be g itself.
         """
         m, rows, d = g.shape
         heads, d_head, _ = self.W_O.shape
         kv = self.W_V.shape[1]
-        if not rows:
-            return
         mixed = g.reshape(m * rows, d) @ self.W_O.flatten(0, 1).T
         if self.query_scale is not None:
             mixed = mixed.view(m, -1).mul_(self.query_scale[:m, None])
         mixed = mixed.view(m, rows, heads, d_head).permute(2, 0, 1, 3).reshape(kv, -1, rows * d_head)
         pattern = self.pattern[:, :m, :m].reshape(kv, -1, m)
         values = torch.bmm(pattern.transpose(1, 2), mixed).view(kv, m, rows, d_head)
-        values = values.permute(1, 2, 0, 3).reshape(m, -1)
+        self._take_in(values.permute(1, 2, 0, 3).reshape(m, -1), out)
+
+    def attend_from_transposed(self, g: Tensor, at: Tensor, out: Tensor) -> None:
+        """Carry gradients that are each at one position back through attention, and add the result.
+
+        Args:
+            g: (rows, d).
+            at: Where each is, (rows,).
+            out: Where to add, (m, rows, d).
+        """
+        m, group = len(out), len(self.W_O) // self.W_V.shape[1]
+        mixed = (g @ self.W_O.flatten(0, 1).T).view(len(g), *self.W_O.shape[:2])
+        back = self.W_V.permute(1, 2, 0).repeat_interleave(group, 0)  # (heads, d_head, d)
+        heads = torch.bmm(mixed.transpose(0, 1), back)  # (heads, rows, d)
+        shares = self.pattern[:, at, :m].permute(1, 2, 0)  # (rows, m, heads)
+        if self.query_scale is not None:
+            shares = shares * self.query_scale[at, None, None]
         if self.key_scale is not None:
-            values = values.mul_(self.key_scale[:m, None])
-        out.view(m * rows, d).addmm_(values.view(m * rows, -1), self.W_V.flatten(1).T)
+            shares = shares * self.key_scale[:m, None]
+        out.transpose(0, 1).baddbmm_(shares, heads.transpose(0, 1))
+
+    def _take_in(self, values: Tensor, out: Tensor) -> None:
+        if self.key_scale is not None:
+            values = values.mul_(self.key_scale[: len(values), None])
+        weight = self.W_V.flatten(1)
+        out.view(-1, out.shape[-1]).addmm_(values.view(-1, weight.shape[1]), weight.T)
 
     def to(self, device: torch.device) -> FrozenLayer:
         """Return the layer on another device."""

@@ -17,6 +17,11 @@ from clt_plugin.attribution.sources import ActiveFeatures, by_position
 from clt_plugin.core.crosscoder import Crosscoder
 
 
+def order_of(layer: int, state: str) -> int:
+    """Return when a forward pass reaches a state: targets that feed others come before those."""
+    return layer * len(STATES) + STATES.index(state)
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """What some targets read of one state of one layer.
@@ -36,20 +41,31 @@ class Reading:
     vectors: Tensor
 
     @cached_property
-    def places(self) -> list[tuple[int, slice, slice | Tensor]]:
-        """For each position that is read: which vectors, and which targets; as a slice where those are in a row."""
-        found: list[tuple[int, slice, slice | Tensor]] = []
-        for position, here in by_position(self.positions):
-            rows = self.rows[here]
-            first, last = int(rows[0]), int(rows[-1])
-            in_a_row = bool((rows == torch.arange(first, first + len(rows), device=rows.device)).all())
-            found.append((position, here, slice(first, last + 1) if in_a_row else rows))
-        return found
+    def places(self) -> list[tuple[int, slice, Tensor]]:
+        """For each position that is read: which vectors, and which targets."""
+        return [(position, here, self.rows[here]) for position, here in by_position(self.positions)]
+
+    @cached_property
+    def padded(self) -> tuple[Tensor, Tensor] | None:
+        """The vectors by position, (position, most at one, d), with zeros, and each one's place there, flat, (n,).
+
+        None where one position has so many more than others that padding would cost more than it saves.
+        """
+        counts = torch.bincount(self.positions)
+        most = int(counts.max())
+        if most * len(counts) > 3 * len(self.rows):
+            return None
+        firsts = counts.cumsum(0) - counts
+        within = torch.arange(len(self.rows), device=self.rows.device) - firsts[self.positions]
+        places = self.positions * most + within
+        vectors = self.vectors.new_zeros(len(counts) * most, self.vectors.shape[-1])
+        vectors[places] = self.vectors
+        return vectors.view(len(counts), most, -1), places
 
     @property
-    def order(self) -> tuple[int, int]:
+    def order(self) -> int:
         """When a forward pass reaches it."""
-        return self.layer, STATES.index(self.state)
+        return order_of(self.layer, self.state)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +77,7 @@ class Readings:
         constants: What each target's value holds whatever is read, (T,).
         values: Each target's value in the recorded run, (T,).
         positions: Where each target reads, (T,).
-        last: Each target's last layer that is read, (T,).
+        last: When a forward pass reaches the last state that each target reads, as `order_of` says, (T,).
     """
 
     readings: tuple[Reading, ...]
@@ -73,6 +89,11 @@ class Readings:
     def __len__(self) -> int:
         """Return the number of targets."""
         return len(self.values)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The last layer of which each target reads, (T,)."""
+        return self.last // len(STATES)
 
     def at(self, layer: int, state: str) -> list[Reading]:
         """Return what is read of one state."""
@@ -136,7 +157,7 @@ def of_features(crosscoder: Crosscoder, frozen: FrozenMap, features: ActiveFeatu
         encoders = crosscoder.encoder_vectors(g, asked).detach().to(frozen.device, frozen.dtype)
         b_enc = crosscoder.b_enc[g].detach()[asked].to(frozen.device, frozen.dtype)
         constants[rows] = b_enc[which]
-        last[rows] = crosscoder.wiring.home[g]
+        last[rows] = max(order_of(*frozen.state(site)[:2]) for site in sites)
         order = torch.argsort(features.position[nodes[rows]], stable=True)
         rows, which = rows[order], which[order]
         positions = features.position[nodes[rows]]

@@ -185,7 +185,7 @@ class Resolver:
             vector = norm.transposed(vector, norm.scale[0, position])
         row = torch.zeros(1, dtype=torch.long, device=vector.device)
         reading = Reading(layer, state, row, row + position, vector[None])
-        return Readings((reading,), constant[None], value[None], row + position, row + layer)
+        return Readings((reading,), constant[None], value[None], row + position, row + reading.order)
 
     def _position(self, position: int) -> int:
         n = self.frozen.n_positions

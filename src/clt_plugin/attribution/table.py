@@ -14,6 +14,7 @@ from clt_plugin.attribution.local import LocalReplacement
 from clt_plugin.attribution.resolve import Resolved
 
 _EMPTY: dict[type, Any] = {str: "", int: -1, float: np.nan}
+_DTYPE: dict[type, Any] = {str: object, int: np.int64, float: np.float64}
 
 
 def table_of(local: LocalReplacement, edges: Edges, targets: Sequence[Resolved], tokenizer: Any) -> pd.DataFrame:
@@ -32,51 +33,51 @@ def table_of(local: LocalReplacement, edges: Edges, targets: Sequence[Resolved],
     groups = [features.labels[g] for g in features.group[nodes].tolist()]
     layers = [features.home[g] for g in features.group[nodes].tolist()]
     positions, latents = features.position[nodes].tolist(), features.latent[nodes].tolist()
-    omitted = edges.omitted().cpu().tolist()
-    parts = [
-        _part(
-            "feature",
-            len(nodes),
-            id=[f"{g}_{f}_{p}" for g, f, p in zip(groups, latents, positions, strict=True)],
-            layer=layers,
-            position=positions,
-            feature=latents,
-            group=groups,
-            activation=features.activation[nodes].tolist(),
-            value=features.pre_activation[nodes].tolist(),
-            omitted=omitted[: len(nodes)],
-        ),
-        _part(
-            "error",
-            n_layers * n,
-            id=[f"{layer}_-1_{p}" for layer in range(n_layers) for p in range(n)],
-            layer=[layer for layer in range(n_layers) for _ in range(n)],
-            position=list(range(n)) * n_layers,
-        ),
-        _part(
-            "embedding",
-            n,
-            id=[f"E_{i}_{p}" for p, i in enumerate(ids)],
-            position=list(range(n)),
-            activation=1.0,
-        ),
-        _part("bias", 1, id="bias"),
-    ]
-    parts += [_part("target", 1, **one.node, omitted=omitted[len(nodes) + k]) for k, one in enumerate(targets)]
-    table = pd.concat(parts, ignore_index=True)
+    omitted = edges.omitted().cpu().numpy()
+    kinds = {"feature": len(nodes), "error": n_layers * n, "embedding": n, "bias": 1, "target": len(targets)}
+    ends = dict(zip(kinds, np.cumsum(list(kinds.values())).tolist(), strict=True))
+    where = {kind: slice(ends[kind] - size, ends[kind]) for kind, size in kinds.items()}
+    table: dict[str, Any] = {name: np.full(ends["target"], _EMPTY[of], _DTYPE[of]) for name, of in COLUMNS.items()}
+    table["kind"][:] = np.repeat(list(kinds), list(kinds.values()))
+    table["weight"][:] = 0.0
+    table["activation"][where["embedding"]] = 1.0
+    columns: dict[str, dict[str, Any]] = {
+        "feature": {
+            "id": [f"{g}_{f}_{p}" for g, f, p in zip(groups, latents, positions, strict=True)],
+            "layer": layers,
+            "position": positions,
+            "feature": latents,
+            "group": groups,
+            "activation": features.activation[nodes].cpu().numpy(),
+            "value": features.pre_activation[nodes].cpu().numpy(),
+            "omitted": omitted[: len(nodes)],
+        },
+        "error": {
+            "id": [f"{layer}_-1_{p}" for layer in range(n_layers) for p in range(n)],
+            "layer": np.repeat(np.arange(n_layers), n),
+            "position": np.tile(np.arange(n), n_layers),
+        },
+        "embedding": {"id": [f"E_{i}_{p}" for p, i in enumerate(ids)], "position": np.arange(n)},
+        "bias": {"id": ["bias"]},
+        "target": {
+            **{name: [one.node[name] for one in targets] for name in targets[0].node},
+            "omitted": omitted[len(nodes) :],
+        },
+    }
+    for kind, values in columns.items():
+        for name, value in values.items():
+            table[name][where[kind]] = value
     placed = (table["kind"] != "target") & (table["position"] >= 0)
-    table.loc[placed, "token"] = [texts[p] for p in table.loc[placed, "position"]]
-    table.loc[placed, "token_id"] = [ids[p] for p in table.loc[placed, "position"]]
-    twice = table["id"][table["id"].duplicated()]
-    if len(twice):
-        raise GraphError(f"two targets are the same, {twice.iloc[0]}: name each once, or give directions other names")
-    return table.astype({column: kind for column, kind in COLUMNS.items() if kind is not str})
+    table["token"][placed] = np.array(texts, dtype=object)[table["position"][placed]]
+    table["token_id"][placed] = np.array(ids)[table["position"][placed]]
+    _refuse_twice(table["id"])
+    return pd.DataFrame(table)
 
 
-def _part(kind: str, n: int, **columns: Any) -> pd.DataFrame:
-    """Return n rows of one kind, with what is not given left empty."""
-    rows: dict[str, Any] = {column: [_EMPTY[of]] * n for column, of in COLUMNS.items()}
-    rows["kind"], rows["weight"] = [kind] * n, [0.0] * n
-    for column, values in columns.items():
-        rows[column] = values if isinstance(values, list) else [values] * n
-    return pd.DataFrame(rows)
+def _refuse_twice(ids: Any) -> None:
+    """Refuse two targets of one id: all other ids differ by what they are made of."""
+    seen: set[str] = set()
+    for one in ids:
+        if one in seen:
+            raise GraphError(f"two targets are the same, {one}: name each once, or give directions other names")
+        seen.add(one)
