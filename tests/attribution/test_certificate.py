@@ -36,7 +36,11 @@ def attribute(family: str = "llama", clt: str = "clt", dtype: torch.dtype = torc
 def test_every_family_closes(family, dtype):
     """Transformers' norms and softmaxes stay in float32 here, as they are."""
     certificate = attribute(family, dtype=dtype).certificate
-    assert certificate.max_relative_residual < CLOSE[dtype]
+    assert certificate.checked_residual < CLOSE[dtype]
+    if dtype != torch.bfloat16:  # where a row that reads next to nothing shows how the model rounds
+        assert certificate.max_relative_residual < CLOSE[dtype]
+    assert certificate.norm_residual < (1e-2 if dtype == torch.bfloat16 else 1e-6)
+    assert certificate.embedding_residual < (1e-2 if dtype == torch.bfloat16 else 1e-6)
     assert certificate.median_relative_residual <= certificate.max_relative_residual
     assert certificate.column_residual < 5 * CLOSE[dtype]
     assert certificate.reconstruction_residual < CLOSE[dtype]
@@ -179,15 +183,15 @@ FAULTS: dict[str, tuple[Patch, str]] = {
         after(local, "of_features", lambda f, *_: replace(f, constants=shifted(f.constants, 7))),
         "the edges into 0_",
     ),
-    "a decoder row": (in_sources("rows", a_decoder_row), "what features write is not the decoders' sum"),
-    "a bias of a decoder": (after(local, "sources_of", moved_between), "decoder"),
+    "a decoder row": (in_sources("rows", a_decoder_row), "what features and biases write is not"),
+    "a bias of a decoder": (after(local, "sources_of", moved_between), "what features and biases write is not"),
     "a missed feature": (
         after(sources.ActiveFeatures, "of", without_a_feature),
-        "what features write is not the decoders' sum",
+        "what features and biases write is not",
     ),
     "an activation": (
         after(sources.ActiveFeatures, "of", lambda f, *_: replace(f, activation=scaled(f.activation, 3))),
-        "what features write is not the decoders' sum",
+        "what features and biases write is not",
     ),
     "a scale of the embedding": (after(local, "sources_of", smaller_tokens), "embedding"),
     "an error": (in_sources("errors", lambda v: scaled(v, (1, 4))), "the edges into 2_"),

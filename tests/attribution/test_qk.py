@@ -178,6 +178,7 @@ def test_work_in_pieces_is_the_same(monkeypatch):
     pieces = qk_attribution(hf, IDS, 2, 1, QUERY, KEY, clt=clt)
     assert_close(pieces.matrix, whole.matrix)
     assert pieces.top(9)[["query", "key"]].equals(top[["query", "key"]])
+    assert_close(qk._absolute_sum(whole.query_parts, whole.key_parts), whole.matrix.abs().sum())
 
 
 def test_what_is_wrong_is_found(monkeypatch):

@@ -385,7 +385,12 @@ def run_mode(
             return value
         site = coder.written[key]
         change = coder.decode(site, edit(was), dropped) - coder.decode(site, was)
-        return base.sites[key] + change + coder.skip(site, sites) - coder.skip(site, base.sites)
+        return base.sites[key] + change + response(site, sites)
+
+    def response(site: Any, sites: Mapping[Key, Tensor]) -> Tensor | float:
+        """What a skip makes of what changed; at excluded positions the MLP's output is held."""
+        moved = coder.skip(site, sites) - coder.skip(site, base.sites)
+        return torch.where(coder.excluded[..., None], 0.0, moved) if isinstance(moved, Tensor) else moved
 
     def recon(key: Key, sites: Mapping[Key, Tensor], lost: Iterable[tuple[int, int]], edited: bool) -> Tensor:
         site, now = coder.written[key], coder.natural(sites)
@@ -403,8 +408,9 @@ def run_mode(
             return base.sites[key]
         if key not in coder.written:
             return value
-        error = base.sites[key] - recon(key, base.sites, (), False)
-        return recon(key, sites, dropped, True) + error
+        site = coder.written[key]
+        change = coder.decode(site, edit(coder.natural(sites)), dropped) - coder.decode(site, was)
+        return base.sites[key] + change + response(site, sites)
 
     def replaced(key: Key, value: Tensor, sites: Mapping[Key, Tensor]) -> Tensor:
         if key not in coder.written:

@@ -44,6 +44,8 @@ class Recording:
         patterns: Each layer's attention pattern, (batch, heads, queries, keys).
         calls: How each layer's attention was called.
         norms: The norms of each block, by layer and by the module's name there.
+        own_norms: Where norms ran as linear maps, what their modules put out for the same input, by the same keys and
+            ``"final_norm"``.
         final_norm: The norm before the unembedding.
         mlp_out: What each layer's MLP adds to the residual stream, after a post-norm, (batch, position, d).
         sites: The sites that were asked for, (batch, position, d).
@@ -57,6 +59,7 @@ class Recording:
     patterns: dict[int, Tensor]
     calls: dict[int, Call]
     norms: dict[tuple[int, str], FrozenNorm]
+    own_norms: dict[Any, Tensor]
     final_norm: FrozenNorm
     mlp_out: dict[int, Tensor]
     sites: dict[Site, Tensor]
@@ -119,7 +122,9 @@ class _Recorder:
         self.stack, self.host, self.hf, self.linear = stack, host, hf, linear
         self.patterns: dict[int, Tensor] = {}
         self.calls: dict[int, Call] = {}
+        # Of linear norms what was fitted, and what the modules themselves put out.
         self.fitted: dict[Any, FrozenNorm] = {}
+        self.own: dict[Any, Tensor] = {}
         # What modules were given and what they returned, by what they are called here.
         self.seen: dict[Any, tuple[Any, Any]] = {}
         self.norms: dict[Any, nn.Module] = {"final_norm": part_of(hf, host.final_norm)}
@@ -157,6 +162,7 @@ class _Recorder:
             calls=self.calls,
             final_norm=norms.pop("final_norm"),
             norms=norms,
+            own_norms=self.own,
             mlp_out={layer: self.seen["mlp_out", layer][1] for layer in range(self.host.n_layers)},
             sites={key: self._value(key) for key in self.seen if isinstance(key, Site)},
             embeddings=self.seen.get("embeddings", (None, None))[1],
@@ -180,8 +186,8 @@ class _Recorder:
             replaced = None
             if self.linear and key in self.norms:
                 norm = FrozenNorm.of(module, x, y, name=_called(key))
-                y = replaced = norm.affine(x)
-                self.fitted[key] = replace(norm, y=y)
+                self.own[key], y = y, norm.affine(x)
+                replaced, self.fitted[key] = y, replace(norm, y=y)
             self.seen[key] = (x, y)
             return replaced
 

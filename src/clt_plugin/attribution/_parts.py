@@ -68,7 +68,7 @@ def check_sums(
     if tolerance is None:
         tolerance = tolerance_for(model_dtype, local.crosscoder.dtype, local.frozen.dtype)
     found = {f"layer {layer}'s attention": each for layer, each in enumerate(layer_residuals(local.frozen)[:-1])}
-    found["the reconstruction"] = reconstruction_residual(local.crosscoder, local.frozen, local.sources, local.acting)
+    found["the reconstruction"] = reconstruction_residual(local)
     largest = 0.0
     for what, total, value, absolute in sums:
         apart = (total - value).abs()

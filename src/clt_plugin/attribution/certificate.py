@@ -22,13 +22,21 @@ class Certificate:
     Attributes:
         max_relative_residual: The largest of all rows.
         median_relative_residual: The median.
-        worst: The id of the node with the largest.
-        tolerance: What every check had to stay below.
+        checked_residual: The largest once absolute sums below a tenth of the median are counted as that: a row that
+            reads next to nothing shows how the model rounds what it read. This one has to stay below the tolerance.
+        worst: The id of the node with that.
+        tolerance: What every check had to stay below; `norm_residual`, at least 1e-5.
         column_residual: The largest difference between a few random columns and the changes that a direct run through
             the model's own modules gives, relative to the column's largest entry; nan where there are no columns.
         columns: The ids of those sources.
-        reconstruction_residual: The largest difference between the writes of the features and an independent dense
-            decode, relative to the latter's largest entry.
+        reconstruction_residual: The largest difference between what features, biases and skips write and what the
+            crosscoder makes of the same run by itself, encoding anew, relative to the latter's largest entry.
+        embedding_residual: The largest difference, relative to the largest embedding, between what the bias node writes
+            into the first residual stream here and what other tokens at the same positions leave for it: none, unless
+            embeddings are off by a factor or lack a part.
+        norm_residual: The largest difference between a norm's linear form, with which the run was recorded, and what
+            its module puts out, relative to the latter's largest entry. transformers' RMSNorm computes in float32
+            whatever it is given.
         layer_residuals: For each layer, the largest difference between its frozen attention and what the model's own
             put out, relative to the latter's largest entry; the last entry is the final norm's and the unembedding's.
         dtype: In which the edges were computed.
@@ -37,11 +45,14 @@ class Certificate:
 
     max_relative_residual: float
     median_relative_residual: float
+    checked_residual: float
     worst: str
     tolerance: float
     column_residual: float
     columns: tuple[str, ...]
     reconstruction_residual: float
+    embedding_residual: float
+    norm_residual: float
     layer_residuals: tuple[float, ...]
     dtype: str
     model_dtype: str
@@ -60,11 +71,21 @@ class Certificate:
                 where = "the final norm or the unembedding" if last else f"layer {layer}'s attention"
                 failed.append(f"{where} is not the model's own: it differs by {residual:.1e}")
         if not self.reconstruction_residual <= self.tolerance:
-            failed.append(f"what features write is not the decoders' sum: {self.reconstruction_residual:.1e}")
-        if not self.max_relative_residual <= self.tolerance:
+            failed.append(
+                "what features and biases write is not the crosscoder's reconstruction: it differs by "
+                f"{self.reconstruction_residual:.1e}"
+            )
+        if not self.embedding_residual <= self.tolerance:
+            failed.append(
+                "what the token embeddings leave to the bias node depends on the tokens: it differs by "
+                f"{self.embedding_residual:.1e}"
+            )
+        if not self.norm_residual <= max(self.tolerance, 1e-5):
+            failed.append(f"a norm's linear form is not its module's: it differs by {self.norm_residual:.1e}")
+        if not self.checked_residual <= self.tolerance:
             failed.append(
                 f"the edges into {self.worst} do not add up to its value: they are off by "
-                f"{self.max_relative_residual:.1e} of their absolute sum"
+                f"{self.checked_residual:.1e} of their absolute sum"
             )
         if self.columns and not self.column_residual <= self.tolerance:
             failed.append(

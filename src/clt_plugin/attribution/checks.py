@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clt_plugin.adapters._attention import blocks_of
 from clt_plugin.adapters._frozen import frozen as frozen_run
+from clt_plugin.adapters._norms import FrozenNorm
 from clt_plugin.attribution.certificate import Certificate
 from clt_plugin.attribution.edges import Edges
 from clt_plugin.attribution.linear import FrozenMap
@@ -16,7 +19,6 @@ from clt_plugin.attribution.local import LocalReplacement
 from clt_plugin.attribution.resolve import Resolved
 from clt_plugin.attribution.sources import Sources, feature_writes
 from clt_plugin.core.crosscoder import Crosscoder
-from clt_plugin.core.features import SparseFeatures, SparseGroup
 from clt_plugin.core.wiring import Site
 from clt_plugin.interventions._engine import Engine, FixedRun
 
@@ -57,36 +59,64 @@ def layer_residuals(frozen: FrozenMap) -> list[float]:
     return [*found, _relative(ours, own.to(ours.device))]
 
 
-def reconstruction_residual(crosscoder: Crosscoder, frozen: FrozenMap, sources: Sources, acting: Tensor) -> float:
-    """Return how far what the sources write is from the crosscoder's own decode, at positions where it acts.
+def reconstruction_residual(local: LocalReplacement) -> float:
+    """Return how far what the sources write is from what the crosscoder makes of the same run by itself.
 
-    Args:
-        crosscoder: The crosscoder, which decodes the features anew.
-        frozen: The map, with the recorded reads.
-        sources: The sources.
-        acting: Positions at which it acts and that are not zeroed, (position,).
+    The crosscoder encodes and decodes anew. Compared are positions at which it acts and that are not zeroed.
     """
-    features = sources.features
-    groups = []
-    for g, size in enumerate(crosscoder.group_sizes):
-        nodes = features.of_group(g)
-        nodes = nodes[torch.argsort(features.position[nodes], stable=True)]
-        at, device = (features.position[nodes], features.latent[nodes]), crosscoder.device
-        values = features.activation[nodes].to(device, crosscoder.dtype)
-        groups.append(SparseGroup(at[0].to(device), at[1].to(device), values, size))
-    sparse = SparseFeatures(tuple(groups), (frozen.n_positions,), False)
-    # The other path than the one that gathers rows, where weights are in memory.
-    decoded: Any = sparse if crosscoder.is_lazy else tuple(sparse.dense(g) for g in range(len(groups)))
+    crosscoder, frozen, sources = local.crosscoder, local.frozen, local.sources
     reads = {site: frozen.recording.sites[site][0].to(crosscoder.device) for site in crosscoder.wiring.read_sites}
-    theirs = crosscoder.decode(decoded, reads, **({} if crosscoder.is_lazy else {"path": "dense"}))
     worst = 0.0
-    for site, expected in theirs.items():
-        ours = feature_writes(sources, site.layer) + crosscoder.bias(site).to(frozen.device, frozen.dtype)
-        skip = crosscoder.skip(site, reads)
+    for site, theirs in crosscoder.decode(crosscoder.encode(reads), reads).items():
+        ours = feature_writes(sources, site.layer) + sources.constants[site.layer]
+        skip = sources.skips[site.layer]
         if skip is not None:
-            ours = ours + skip.to(ours)
-        worst = max(worst, _relative(ours[acting], expected.to(ours)[acting]))
+            ours = ours + skip(frozen.value(skip.layer, skip.state)[:, None], 0)[:, 0]
+        worst = max(worst, _relative(ours[local.acting], theirs.to(ours)[local.acting]))
     return worst
+
+
+def embedding_residual(hf: nn.Module, local: LocalReplacement) -> float:
+    """Return how far what tokens leave to the bias in the first residual stream depends on which tokens they are.
+
+    The model runs on other tokens, up to its first block.
+    """
+    ids = local.inputs["input_ids"]
+    others = ids.roll(1, dims=1)
+    if bool((others == ids).all()):
+        others = torch.where(ids > 0, ids - 1, ids + 1)
+    seen: list[Tensor] = []
+    first = blocks_of(hf, local.frozen.host)[0]
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        raise _Enough
+
+    embedding = hf.get_input_embeddings()  # type: ignore[operator]
+    hooks = [
+        embedding.register_forward_hook(lambda module, args, output: seen.append(output)),
+        first.register_forward_pre_hook(stop, with_kwargs=True),
+    ]
+    try:
+        with contextlib.suppress(_Enough):
+            hf(**{**local.inputs, "input_ids": others, "use_cache": False})
+    finally:
+        for hook in hooks:
+            hook.remove()
+    embedded, stream = (value[0].to(local.sources.start) for value in seen)
+    apart = (stream - embedded - local.sources.start).abs().max()
+    return float(apart / embedded.abs().max().clamp(min=torch.finfo(apart.dtype).tiny))
+
+
+class _Enough(Exception):  # noqa: N818 - nothing went wrong
+    """What ends a run after all that is wanted of it."""
+
+
+def norm_residual(frozen: FrozenMap) -> float:
+    """Return how far the norms' linear forms are from what their modules put out, at most."""
+    kept = frozen.recording
+    norms: dict[Any, FrozenNorm] = {**kept.norms, "final_norm": kept.final_norm}
+    return max(_relative(norm.y.to(norm.gain), kept.own_norms[key].to(norm.gain)) for key, norm in norms.items())
 
 
 class _Changed(FixedRun):
@@ -238,21 +268,27 @@ def certify(
         check_columns: How many columns to compare with a direct run.
         tolerance: What the checks must stay below; None for what suits the dtypes.
     """
-    frozen, sources, crosscoder = local.frozen, local.sources, local.crosscoder
+    frozen, crosscoder = local.frozen, local.crosscoder
     row_ids = [*ids[: len(edges.nodes)], *ids[len(ids) - len(resolved) :]]
     residuals = edges.residuals()
-    worst = int(residuals.argmax())
+    least = max(float(edges.absolute.median()) / 10, torch.finfo(edges.absolute.dtype).tiny)
+    checked = residuals * edges.absolute / edges.absolute.clamp(min=least)
+    # What is infinite or nan is worst of all.
+    worst = int(checked.nan_to_num(nan=torch.inf).argmax())
     column, chosen = _column_residual(hf, local, edges, resolved, check_columns)
     model_dtype = next(hf.parameters()).dtype
     coarsest = (model_dtype, crosscoder.dtype, frozen.dtype)
     return Certificate(
-        max_relative_residual=float(residuals[worst]),
+        max_relative_residual=float(residuals.max()),
         median_relative_residual=float(residuals.median()),
+        checked_residual=float(checked[worst]),
         worst=row_ids[worst],
         tolerance=tolerance_for(*coarsest) if tolerance is None else tolerance,
         column_residual=column,
         columns=tuple(ids[i] for i in chosen),
-        reconstruction_residual=reconstruction_residual(crosscoder, frozen, sources, local.acting),
+        reconstruction_residual=reconstruction_residual(local),
+        embedding_residual=embedding_residual(hf, local),
+        norm_residual=norm_residual(frozen),
         layer_residuals=tuple(layer_residuals(frozen)),
         dtype=str(frozen.dtype).removeprefix("torch."),
         model_dtype=str(model_dtype).removeprefix("torch."),

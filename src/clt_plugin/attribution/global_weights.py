@@ -21,7 +21,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -33,6 +32,7 @@ from clt_plugin.attribution.graph import GraphError
 from clt_plugin.core.crosscoder import Crosscoder
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 ROLES = ("both", "targets", "sources")
@@ -162,6 +162,8 @@ class GlobalWeights:
         columns |= {name: measures[name][kept].tolist() for name in ("weight", "era", "twera")}
         n = max(self.n_tokens, 1)
         columns |= {"frequency": (self.active[kept] / n).tolist(), "mean": (self.total[kept] / n).tolist()}
+        import pandas as pd
+
         return pd.DataFrame(columns)
 
     def _column(self, feature: tuple[int | str, int]) -> int:

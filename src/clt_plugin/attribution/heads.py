@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from clt_plugin.attribution.graph import GraphError
 from clt_plugin.attribution.targets import Target
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 
@@ -86,6 +86,8 @@ class HeadLoadings:
             "part": parts.flatten()[best].tolist(),
             "edge": self.edges[columns].tolist(),
         }
+        import pandas as pd
+
         return pd.DataFrame(table)
 
     def plot(self, source: int | str | None = None) -> Figure:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from clt_plugin.attribution.readings import Readings, of_features
 from clt_plugin.attribution.resolve import known_sites
 from clt_plugin.attribution.sources import Sources, sources_of
 from clt_plugin.core.crosscoder import Crosscoder
+from clt_plugin.core.wiring import Site
+
+if TYPE_CHECKING:
+    from clt_plugin.adapters.huggingface import HostModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +74,7 @@ class LocalReplacement:
         host = check_fits(crosscoder, hf, "replace_with_error", together=True)
         n = ids.shape[1]
         sites = (*crosscoder.sites.read, *crosscoder.sites.write, *known_sites(sites_for, host.n_layers))
+        _check_outputs_before_norms(host, crosscoder, sites)
         frozen = FrozenMap.of(hf, inputs, tuple(dict.fromkeys(sites)), dtype)
         excluded = excluded_positions(crosscoder.host.exclude_first, inputs, (1, n))
         out = torch.zeros(n, dtype=torch.bool, device=device) if excluded is None else excluded[0].to(device)
@@ -88,3 +93,15 @@ class LocalReplacement:
     def to(self, device: torch.device) -> LocalReplacement:
         """Return it on another device."""
         return replace(self, frozen=self.frozen.to(device), sources=self.sources.to(device))
+
+
+def _check_outputs_before_norms(host: HostModel, crosscoder: Crosscoder, sites: Sequence[Site]) -> None:
+    """Refuse to read an MLP's output before its post-norm where only what comes after the norm is split."""
+    for site in sites:
+        split = site in crosscoder.sites.write or host.architecture.post_mlp_norm is None
+        if site.name == "mlp_out_before_norm" and not split:
+            raise GraphError(
+                f"{site} cannot be read in a graph: what the crosscoder writes, and errors, are parts of what the norm "
+                "after that MLP puts out, not of what it is given. Read mlp_out, or use a crosscoder that writes "
+                "mlp_out_before_norm"
+            )

@@ -15,13 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from torch import Tensor
 
 from clt_plugin.attribution.graph import GraphError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.figure import Figure
 
 ROWS = 1024
@@ -91,6 +91,8 @@ class QKAttribution:
             "query": self.query_nodes["id"].iloc[rows.tolist()].tolist(),
             "key": self.key_nodes["id"].iloc[columns.tolist()].tolist(),
         }
+        import pandas as pd
+
         return pd.DataFrame({**names, "score": values.tolist()})
 
     def top_sources(self, side: str, k: int = 20) -> pd.DataFrame:

@@ -60,7 +60,7 @@ def table_of(local: LocalReplacement, edges: Edges, targets: Sequence[Resolved],
         "embedding": {"id": [f"E_{i}_{p}" for p, i in enumerate(ids)], "position": np.arange(n)},
         "bias": {"id": ["bias"]},
         "target": {
-            **{name: [one.node[name] for one in targets] for name in targets[0].node},
+            **{name: [one.node[name] for one in targets] for name in (targets[0].node if targets else ())},
             "omitted": omitted[len(nodes) :],
         },
     }

@@ -35,11 +35,14 @@ class LocalRun(Run):
         crosscoder: The crosscoder.
         edits: What is edited, or None.
         errors: For each written site what the MLP put out beyond the reconstruction, (batch, position, d).
+        reads: What was read then.
     """
 
-    def __init__(self, crosscoder: Crosscoder, edits: Any, errors: Mapping[Site, Tensor]) -> None:
+    def __init__(
+        self, crosscoder: Crosscoder, edits: Any, errors: Mapping[Site, Tensor], reads: Mapping[Site, Tensor]
+    ) -> None:
         super().__init__(crosscoder, "replace", edits)
-        self.errors = errors
+        self.errors, self.reads = errors, reads
 
     @property
     def keeps_some_outputs(self) -> bool:
@@ -51,7 +54,30 @@ class LocalRun(Run):
         self.written.add(site)
         # As wide as the errors, float32 at least: then, without an edit, the output is that of the other run.
         y = self._reconstruction(site, own.shape[:-1]) + self.errors[site]
+        if self.excluded is not None:
+            # No crosscoder acts there: not the skip neither, the MLP's output is held.
+            response = skip_response(self, site, self.reads, ~self.excluded)
+            y = y if response is None else y - response.to(y)
         return y.to(device=own.device, dtype=own.dtype)
+
+
+def skip_response(run: Run, site: Site, reads: Mapping[Site, Tensor], silent: Tensor | None) -> Tensor | None:
+    """Return what an affine skip adds to a site because what it reads has changed, (batch, position, d), or None.
+
+    Args:
+        run: The run.
+        site: The written site.
+        reads: What was read in the other run.
+        silent: Positions at which nothing is to be returned, (batch, position), or None.
+    """
+    for read, write in run.crosscoder.wiring.skips:
+        if write == site:
+            moved = run.inputs[read] - reads[read]
+            skip = run.crosscoder.skip(site, {read: moved.to(run.crosscoder.device)})
+            if skip is not None and silent is not None:
+                skip = skip.masked_fill(silent.to(skip.device)[..., None], 0)
+            return skip
+    return None
 
 
 class LiveRun(Run):
@@ -150,14 +176,9 @@ class FixedRun(LiveRun):
         y = self.outputs[site]
         if site in self.changes:
             y = y + self.changes[site].to(y)
-        for read, write in self.crosscoder.wiring.skips:
-            if write == site:
-                moved = self.inputs[read] - self.reads[read]
-                skip = self.crosscoder.skip(site, {read: moved.to(self.crosscoder.device)})
-                if skip is not None and self.excluded is not None:
-                    # No crosscoder acts there: the MLP's output is held, as that of a layer without one.
-                    skip = skip.masked_fill(self.excluded.to(skip.device)[..., None], 0)
-                y = y if skip is None else y + skip.to(y)
+        # Where no crosscoder acts the MLP's output is held, as that of a layer without one.
+        response = skip_response(self, site, self.reads, self.excluded)
+        y = y if response is None else y + response.to(y)
         return y.to(device=own.device, dtype=own.dtype)
 
 
@@ -202,16 +223,18 @@ class Engine:
             self._hook(backbone.register_forward_pre_hook(self._begin, with_kwargs=True))
             for target in sorted({target for _, handoff in self.handoffs for _, target in handoff.pairs}):
                 self._remove_from(target)
+            # What is written comes first: hooks run in the order of registration, and a group that reads an MLP's
+            # output reads what was put in its place.
+            for site in () if self.run is None else self.run.crosscoder.wiring.write_sites:
+                self._write(site)
+            for layer, output in self.held.items():
+                module = self._module(layer, self.places["mlp_out"].module)
+                self._hook(module.register_forward_hook(lambda module, args, own, output=output: output))
             if self.run is not None:
                 for site in self.run.crosscoder.wiring.read_sites:
                     self._read(site)
                 for layer in sorted(set(self.run.crosscoder.wiring.home)):
                     self._encode_at(layer)
-                for site in self.run.crosscoder.wiring.write_sites:
-                    self._write(site)
-            for layer, output in self.held.items():
-                module = self._module(layer, self.places["mlp_out"].module)
-                self._hook(module.register_forward_hook(lambda module, args, own, output=output: output))
             for layer in sorted({source for _, handoff in self.handoffs for source, _ in handoff.pairs}):
                 self._note_output(layer)
             self._stack = stack.pop_all()

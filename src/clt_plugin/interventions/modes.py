@@ -300,12 +300,12 @@ class _Comparison:
         crosscoder, base = self.crosscoder, self.base
         assert crosscoder is not None
         assert before is not None
+        reads = {site: base.sites[site] for site in crosscoder.sites.read}
         if self.mode in ("direct", "constrained"):
             outputs = {site: base.sites[site] for site in crosscoder.sites.write}
-            reads = {site: base.sites[site] for site in crosscoder.sites.read}
             return FixedRun(crosscoder, self.edits, outputs, reads, self.layers)
         if self.mode == "local":
-            return LocalRun(crosscoder, self.edits, self._errors(before))
+            return LocalRun(crosscoder, self.edits, self._errors(before), reads)
         return Run(crosscoder, "replace", self.edits) if self.mode == "replace" else LiveRun(crosscoder, self.edits)
 
     def _errors(self, before: list[Tensor]) -> dict[Site, Tensor]:
