@@ -7,6 +7,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import clt_plugin as cp
 from clt_plugin import demo
 from clt_plugin.cli import app
 from clt_plugin.report import plot_features
@@ -24,7 +25,8 @@ def report(tmp_path_factory):
 
 def test_report_folder(report):
     folder, _, output = report
-    assert {path.name for path in folder.iterdir()} == {"features.png", "results.json"}
+    graph = {"graph.html", "graph.json", "graph.safetensors", "graph-scores.json"}
+    assert {path.name for path in folder.iterdir()} == {"features.png", "results.json"} | graph
     assert (folder / "features.png").read_bytes().startswith(b"\x89PNG")
     assert "largest difference between the two libraries" in output
 
@@ -52,6 +54,18 @@ def test_editing_the_feature_found_moves_the_answer(report):
     assert [row["factor"] for row in results["edits"]] == [1, 0, -1, -3]
     assert logits == sorted(logits, reverse=True)
     assert logits[0] - logits[1] > 0.1
+
+
+def test_the_graph_of_the_answer(report):
+    folder, results, output = report
+    graph = cp.Graph.load(folder / "graph.safetensors")
+    assert graph.certificate.holds
+    assert graph.nodes["token"].iloc[-1] == results["answer"] == " sell"
+    assert results["graph"]["scores"]["replacement"] > 0.8
+    strongest = graph.inputs(graph.nodes["id"].iloc[-1], 1)["id"].item()
+    layer, position, feature = results["feature"]
+    assert strongest == f"{layer}_{feature}_{position}"  # what the gradient found as well
+    assert "certificate holds" in output
 
 
 @pytest.mark.parametrize("load", [demo.load_clt, demo.load_plt])

@@ -53,11 +53,13 @@ class Seen:
 
     Attributes:
         ids: (batch, position), with padding after each text.
+        lengths: How many tokens each text has, (batch,).
         counted: Which tokens count, (batch, position) of bool.
         active: For each group its active latents; tokens are the counted ones, row after row.
     """
 
     ids: Tensor
+    lengths: Tensor
     counted: Tensor
     active: Mapping[int, SparseGroup]
 
@@ -117,7 +119,7 @@ def stream(
                 # Not the head: its logits are of no use, and by far the largest thing in the run.
                 here = ids.to(device)
                 hf.base_model(input_ids=here, attention_mask=torch.ones_like(here), use_cache=False)
-                seen = Seen(ids, watch.counted, dict(watch.found))
+                seen = Seen(ids, lengths, watch.counted, dict(watch.found))
             yield seen
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from clt_plugin.attribution._aside import written_aside
-from clt_plugin.attribution.export import to_json
+from clt_plugin.attribution.export import pruned_for_view, to_json
 from clt_plugin.attribution.graph import Graph
 
 
@@ -44,10 +44,11 @@ def write(
     place = Path(folder)
     whole, scores = place / f"{name}.safetensors", place / f"{name}-scores.json"
     thresholds: dict[str, Any] = {"node_threshold": node_threshold, "edge_threshold": edge_threshold}
-    pruned = graph if graph.info.pruning else graph.prune(**thresholds)
+    pruned = pruned_for_view(graph, **thresholds)
     graph.save(whole)
-    written = to_json(pruned, place / f"{name}.json", source_set=source_set)
-    page = write_page(pruned, place / f"{name}.html", source_set=source_set, feature_info=feature_info)
+    # Given the whole graph, which they prune, so that the scores they show are the whole's.
+    written = to_json(graph, place / f"{name}.json", source_set=source_set, **thresholds)
+    page = write_page(graph, place / f"{name}.html", source_set=source_set, feature_info=feature_info, **thresholds)
     found = {
         "prompt": graph.info.prompt,
         "scores": asdict(graph.scores()),

@@ -70,7 +70,7 @@ def top_examples(
         for seen in stream(model, hf, host, crosscoder, texts, batch_size, max_tokens, True, bar):
             acts = _activations(seen, [(numbers[label], latent) for label, latent in members])
             for each, found in zip(best, acts, strict=True):
-                each.add(seen.ids, found)
+                each.add(seen, found)
     tokenizer = getattr(model, "tokenizer", None)
     return {f"{g}_{latent}": each.told(tokenizer) for (g, latent), each in zip(members, best, strict=True)}
 
@@ -97,14 +97,15 @@ class _Best:
         self.passages: list[tuple[float, list[int], list[float]]] = []
         self.tokens: dict[int, float] = {}
 
-    def add(self, ids: Tensor, acts: Tensor) -> None:
-        """Take in a batch: ids and activations, (batch, position)."""
+    def add(self, seen: Seen, acts: Tensor) -> None:
+        """Take in a batch, with the feature's activations, (batch, position)."""
+        ids = seen.ids
         values, places = acts.max(dim=1)
         for row in (values > 0).nonzero()[:, 0].tolist():
             value, at = float(values[row]), int(places[row])
             if len(self.passages) == self.k and value <= self.passages[-1][0]:
                 continue
-            part = slice(max(0, at - self.context), at + self.context + 1)
+            part = slice(max(0, at - self.context), min(at + self.context + 1, int(seen.lengths[row])))
             self.passages.append((value, ids[row, part].tolist(), acts[row, part].tolist()))
             # Earlier ones stay ahead of equal ones.
             self.passages = sorted(self.passages, key=lambda passage: -passage[0])[: self.k]
