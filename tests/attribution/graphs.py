@@ -12,6 +12,7 @@ import torch
 from clt_plugin.attribution.certificate import Certificate
 from clt_plugin.attribution.graph import COLUMNS, Graph, GraphInfo
 
+CHECKS = ("rows", "median row", "columns", "reconstruction", "layers", "embeddings", "norms", "run")
 TOKENS = ("<bos>", "The", " capital", " of", " Texas", " is", " Austin", " and", " Dallas")
 
 
@@ -22,12 +23,13 @@ def make_certificate(**settings: Any) -> Certificate:
         "median_relative_residual": 1e-8,
         "checked_residual": 3e-7,
         "worst": "0_1_1",
-        "tolerance": 1e-5,
         "column_residual": math.nan,
         "columns": (),
         "reconstruction_residual": 1e-7,
         "embedding_residual": 0.0,
         "norm_residual": 1e-7,
+        "run_residual": 1e-7,
+        "tolerances": dict.fromkeys(CHECKS, 1e-5),
         "layer_residuals": (1e-8, 2e-8),
         "dtype": "float64",
         "model_dtype": "float32",

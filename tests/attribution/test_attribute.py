@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 
 import pytest
@@ -363,7 +362,6 @@ def test_a_budget_keeps_the_most_influential_features(family, clt, budget, chunk
 def in_chunks(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     for module in (push, pull):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", elements)
-        monkeypatch.setattr(module, "chunks", partial(module.chunks, elements=elements))
     monkeypatch.setattr(sources, "BLOCK_BYTES", elements)
 
 

@@ -15,7 +15,7 @@ import clt_plugin as cp
 from attribution.oracle import clt_of, model_of
 from clt_plugin.adapters._frozen import Frozen
 from clt_plugin.adapters._norms import FreezeError, FrozenNorm
-from clt_plugin.attribution import CertificateError, checks, linear, local, sources
+from clt_plugin.attribution import CertificateError, checks, direct, edges, linear, local, sources
 from support.models import FAMILIES, N_LAYERS
 from support.reference import blocks_of
 
@@ -165,6 +165,20 @@ def a_wrong_fit(found: FrozenNorm, norm: nn.Module, *_: Any) -> FrozenNorm:
     return replace(found, gain=scaled(found.gain, 3))
 
 
+def exchanged(found: Any, *_: Any) -> Any:
+    """Let some features have each other's edges; a pair alone passes where its signs are equal in every run."""
+    block = found.block.clone()
+    block[:, [3, 5, 8, 2, 11, 17, 20, 14]] = block[:, [11, 17, 20, 14, 3, 5, 8, 2]]
+    return replace(found, block=block)
+
+
+def shuffled(found: Any, *_: Any) -> Any:
+    block, first = found.block.clone(), len(found.nodes)
+    order = torch.randperm(block.shape[1] - 1 - first, generator=torch.Generator().manual_seed(1))
+    block[:, first:-1] = block[:, first:-1][:, order]
+    return replace(found, block=block)
+
+
 FAULTS: dict[str, tuple[Patch, str]] = {
     "a bias of attention's output": (in_attention("output_bias", shifted), "layer 1's attention"),
     "a bias of values": (in_attention("value_bias", lambda v: shifted(v, (0, 2))), "layer 1's attention"),
@@ -193,19 +207,48 @@ FAULTS: dict[str, tuple[Patch, str]] = {
         after(sources.ActiveFeatures, "of", lambda f, *_: replace(f, activation=scaled(f.activation, 3))),
         "what features and biases write is not",
     ),
+    "edges of features exchanged": (after(edges, "all_edges", exchanged), "not what a direct run shows"),
+    "edges of errors and embeddings shuffled": (after(edges, "all_edges", shuffled), "not what a direct run shows"),
     "a scale of the embedding": (after(local, "sources_of", smaller_tokens), "embedding"),
     "an error": (in_sources("errors", lambda v: scaled(v, (1, 4))), "the edges into 2_"),
     "an embedding": (in_sources("embeddings", lambda v: scaled(v, 3)), "the edges into 0_"),
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_fails_and_is_named(fault, family, monkeypatch):
+def test_a_fault_fails_and_is_named(fault, family, dtype, monkeypatch):
     put, place = FAULTS[fault]
     put(monkeypatch)
     with pytest.raises(CertificateError, match=place):
-        attribute(family)
+        attribute(family, dtype=dtype)
+
+
+def test_logits_that_are_scaled_after_the_unembedding_fail():
+    hf = model_of("llama")
+    hook = hf.register_forward_hook(lambda module, args, out: out.__setitem__("logits", out.logits / 16))
+    with pytest.raises(CertificateError, match="the recorded run is not the model's own"):
+        attribute(hf=hf)
+    hook.remove()
+
+
+def test_an_attention_that_is_not_the_familys_eager_one_fails():
+    """Recorded is the eager attention: a model that is set to another kind is to give the same logits."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    from clt_plugin.adapters._attention import eager
+
+    def doubled(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return eager(module)(module, query * 2, *args, **kwargs)
+
+    AttentionInterface.register("doubled", doubled)
+    AttentionMaskInterface.register("doubled", eager_mask)
+    hf = model_of("llama", torch.float32)
+    hf.set_attn_implementation("doubled")
+    with pytest.raises(CertificateError, match="the recorded run is not the model's own"):
+        attribute(hf=hf, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("clt", ["skips", "a far skip"])
@@ -258,7 +301,7 @@ def _live(frozen: Frozen, layer: int, module: nn.Module, *args: Any, **kwargs: A
 
 
 def test_a_direct_run_without_any_freeze_fails(monkeypatch):
-    monkeypatch.setattr(checks, "frozen_run", lambda *args, **kwargs: nullcontext())
+    monkeypatch.setattr(direct, "frozen_run", lambda *args, **kwargs: nullcontext())
     with pytest.raises(CertificateError, match="are not what a direct run shows"):
         attribute("gemma2")
 
@@ -298,6 +341,8 @@ def test_queries_and_keys_do_not_matter_once_patterns_are_kept(family, monkeypat
         return recording
 
     monkeypatch.setattr(linear, "record", then_change)
+    # The model is not the recorded one any more, which would be noticed.
+    monkeypatch.setattr(checks, "run_residual", lambda *_: 0.0)
     after_change = attribute(hf=hf)
     assert changed
     assert torch.equal(after_change.adjacency, before.adjacency)

@@ -103,8 +103,7 @@ def all_edges(
         parts = _pulled_chunks(local, readings)
     for nodes, found in _shared(step, local, readings, parts, devices, _wants_bar(bar, costs[direction])):
         if direction == "push":
-            # A chunk's numbers are in a row.
-            block[:, int(nodes[0]) : int(nodes[-1]) + 1] = found
+            block[:, nodes] = found
         else:
             block[nodes] = found
     every = torch.arange(len(sources.features), device=frozen.device)
