@@ -141,6 +141,7 @@ def graph_data(
         bias: Whether the bias node and its edges are written too.
         feature_url: Where the viewer finds features' own pages as JSON, ``{feature_url}/{feature}.json``.
     """
+    pinned = list(pinned)
     for name in pinned:
         graph.index(name)
     pruned = pruned_for_view(graph, node_threshold, edge_threshold)

@@ -71,7 +71,13 @@ class LocalReplacement:
         mask = inputs.get("attention_mask")
         if isinstance(mask, Tensor) and not bool(mask.bool().all()):
             raise GraphError("a graph's prompt has no padding: leave it out")
+        if crosscoder.is_partial:
+            raise GraphError(
+                "this crosscoder is a selection of layers or features: its features are numbered anew, and what those "
+                "left out do would pass for error. Take the whole; max_feature_nodes= keeps a graph small"
+            )
         host = check_fits(crosscoder, hf, "replace_with_error", together=True)
+        _check_prompt(hf, ids)
         n = ids.shape[1]
         sites = (*crosscoder.sites.read, *crosscoder.sites.write, *known_sites(sites_for, host.n_layers))
         _check_outputs_before_norms(host, crosscoder, sites)
@@ -105,3 +111,14 @@ def _check_outputs_before_norms(host: HostModel, crosscoder: Crosscoder, sites: 
                 "after that MLP puts out, not of what it is given. Read mlp_out, or use a crosscoder that writes "
                 "mlp_out_before_norm"
             )
+
+
+def _check_prompt(hf: nn.Module, ids: Tensor) -> None:
+    """Refuse tokens, or positions, that the model does not have."""
+    rows = len(hf.get_input_embeddings().weight)  # type: ignore[operator,arg-type]
+    if bool((ids < 0).any()) or bool((ids >= rows).any()):
+        beyond = ids[(ids < 0) | (ids >= rows)][0]
+        raise GraphError(f"there is no token {int(beyond)}: the model has tokens 0 to {rows - 1}")
+    text: Any = hf.config.get_text_config()  # type: ignore[union-attr,operator]
+    if text.model_type == "gpt2" and ids.shape[1] > text.n_positions:
+        raise GraphError(f"the prompt has {ids.shape[1]} tokens, but the model has {text.n_positions} positions")

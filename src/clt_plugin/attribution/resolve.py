@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +67,12 @@ class Resolver:
         found = [self._resolve(target) for target in targets]
         return sorted(found, key=lambda one: (not one.node["id"][0].isdigit(), -one.node["weight"]))
 
-    def _resolve(self, target: Target | int | str) -> Resolved:
-        if isinstance(target, int | str):
-            target = logit(target)
+    def _resolve(self, target: Any) -> Resolved:
+        if isinstance(target, str) or (hasattr(target, "__index__") and not isinstance(target, bool)):
+            target = logit(target if isinstance(target, str) else operator.index(target))
+        weight = getattr(target, "weight", None)
+        if weight is not None and not 0 < weight < math.inf:
+            raise GraphError(f"a target's weight is a number above 0, not {weight!r}")
         if isinstance(target, Logit):
             return self._logit(target)
         if isinstance(target, Direction):
@@ -189,6 +194,8 @@ class Resolver:
 
     def _position(self, position: int) -> int:
         n = self.frozen.n_positions
+        if isinstance(position, bool) or not hasattr(position, "__index__"):
+            raise GraphError(f"a position is a whole number, not {position!r}")
         if not -n <= position < n:
             raise GraphError(f"the prompt has {n} tokens: there is no position {position}")
         return position % n
@@ -203,6 +210,8 @@ class Resolver:
             if len(ids) != 1:
                 raise GraphError(f"{token!r} is {len(ids)} tokens: a target is one token")
             return int(ids[0])
+        if isinstance(token, bool) or not hasattr(token, "__index__"):
+            raise GraphError(f"a token is its id, or text, not {token!r}")
         if not 0 <= token < size:
             raise GraphError(f"there is no token {token}: the vocabulary has 0 to {size - 1}")
         return token

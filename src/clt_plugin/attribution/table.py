@@ -17,7 +17,9 @@ _EMPTY: dict[type, Any] = {str: "", int: -1, float: np.nan}
 _DTYPE: dict[type, Any] = {str: object, int: np.int64, float: np.float64}
 
 
-def table_of(local: LocalReplacement, edges: Edges, targets: Sequence[Resolved], tokenizer: Any) -> pd.DataFrame:
+def table_of(
+    local: LocalReplacement, edges: Edges, targets: Sequence[Resolved], tokenizer: Any, bias: bool = True
+) -> pd.DataFrame:
     """Return one row a node: the features kept, errors, embeddings, the bias, targets.
 
     Args:
@@ -25,6 +27,7 @@ def table_of(local: LocalReplacement, edges: Edges, targets: Sequence[Resolved],
         edges: Which features were kept.
         targets: The targets.
         tokenizer: The model's, or None.
+        bias: Whether the bias will be a node; otherwise what it does to others counts as omitted.
     """
     ids = local.inputs["input_ids"][0].tolist()
     texts = [str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids]
@@ -33,7 +36,8 @@ def table_of(local: LocalReplacement, edges: Edges, targets: Sequence[Resolved],
     groups = [features.labels[g] for g in features.group[nodes].tolist()]
     layers = [features.home[g] for g in features.group[nodes].tolist()]
     positions, latents = features.position[nodes].tolist(), features.latent[nodes].tolist()
-    omitted = edges.omitted().cpu().numpy()
+    left_out = edges.omitted() if bias else edges.omitted() + edges.block[:, -1]
+    omitted = left_out.double().cpu().numpy()
     kinds = {"feature": len(nodes), "error": n_layers * n, "embedding": n, "bias": 1, "target": len(targets)}
     ends = dict(zip(kinds, np.cumsum(list(kinds.values())).tolist(), strict=True))
     where = {kind: slice(ends[kind] - size, ends[kind]) for kind, size in kinds.items()}

@@ -8,7 +8,7 @@ Tracing: Revealing Computational Graphs in Language Models" (the local replaceme
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -48,15 +48,18 @@ def attribute(
         clt: The crosscoder, or a reference; by default the one that is attached to the model.
         max_n_logits: At most so many of the likeliest next tokens.
         desired_logit_prob: As few of them as have this probability together.
-        max_feature_nodes: Keep the most influential features only, so many. What the others do to each node is in the
-            column ``omitted`` of the table of nodes, and in the certificate; memory is bounded by this budget.
+        max_feature_nodes: Keep so many features, those of most influence as it is found from the targets backwards:
+            nearly those of the whole graph. What the others do to each node is in the column ``omitted`` of the table
+            of nodes, and in the certificate; memory is bounded by this budget.
         zero_bos: Count features and errors at the first position as 0, as other tools do; the bias node carries what
             the MLPs wrote there.
         bias_node: Whether the graph has the bias node. It is computed, and the certificate checked, in any case.
-        direction: ``"push"``, ``"pull"``, or ``"auto"`` for the cheaper one. Both give the same edges.
+        direction: ``"push"``, ``"pull"``, or ``"auto"`` for the cheaper one. Both give the same edges. With a budget
+            targets are pulled in any case.
         dtype: In which to compute edges; by default the model's, float32 at least.
         devices: Share the work among these; by default the model's own.
-        check_columns: How many random columns to compare with a direct run through the model's own modules.
+        check_columns: How many random features to compare alone with a direct run through the model's own modules, in
+            which all sources together are compared as well; 0 for no such run.
         tolerance: What the certificate's checks must stay below; by default what suits the coarsest dtype.
         bar: Whether to show progress; by default for long work.
         name: The name under which the crosscoder is attached.
@@ -80,16 +83,14 @@ def attribute(
     from clt_plugin.attribution.table import table_of
     from clt_plugin.interventions.modes import find_crosscoder, read_prompt
 
-    if direction not in ("auto", "push", "pull"):
-        raise GraphError(f"direction must be 'auto', 'push' or 'pull', not {direction!r}")
-    if max_feature_nodes is not None and max_feature_nodes < 1:
-        raise GraphError(f"max_feature_nodes is at least 1, or None for all features, not {max_feature_nodes}")
+    places = _checked(direction, max_n_logits, desired_logit_prob, max_feature_nodes, check_columns, dtype, devices)
     crosscoder = find_crosscoder(model, clt, name, None, "attribute")
     assert crosscoder is not None
     inputs, tokenizer = read_prompt(model, prompt)
     asked: list[Any] | None = None
     if targets is not None:
-        asked = list(targets) if isinstance(targets, list | tuple) else [targets]
+        several = isinstance(targets, Iterable) and not isinstance(targets, str)
+        asked = list(targets) if several else [targets]  # type: ignore[arg-type]
         if not asked:
             raise GraphError("targets= is empty: leave it out for the likeliest next tokens")
     settings = {
@@ -98,18 +99,20 @@ def attribute(
         "max_feature_nodes": max_feature_nodes,
         "zero_bos": zero_bos,
     }
-    with plain_model(model) as hf, torch.no_grad():
+    # What runs around this call must not change what is computed in it.
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    with plain_model(model) as hf, torch.no_grad(), torch.autocast(device_type, enabled=False):
         local = LocalReplacement.of(hf, crosscoder, inputs, zero_bos=zero_bos, sites_for=asked or (), dtype=dtype)
         resolver = Resolver(local.frozen, crosscoder, local.sources.features, tokenizer)
         resolved = resolver.resolve(resolver.top_logits(max_n_logits, desired_logit_prob) if asked is None else asked)
         readings = [one.readings for one in resolved]
         weights = [one.node["weight"] for one in resolved]
-        work: dict[str, Any] = {"direction": direction, "devices": devices, "bar": bar}
+        joined = Readings.join(readings)
         if max_feature_nodes is None or max_feature_nodes >= len(local.sources.features):
-            edges = all_edges(local, Readings.join(readings), **work)
+            edges = all_edges(local, joined, direction=direction, devices=places, bar=bar)
         else:
-            edges = chosen_edges(local, Readings.join(readings), weights, max_feature_nodes, **work)
-        nodes = table_of(local, edges, resolved, tokenizer)
+            edges = chosen_edges(local, joined, weights, max_feature_nodes, devices=places, bar=bar)
+        nodes = table_of(local, edges, resolved, tokenizer, bias_node)
         certificate = certify(hf, local, edges, resolved, nodes["id"].tolist(), check_columns, tolerance)
         certificate.check()
     ids = tuple(inputs["input_ids"][0].tolist())
@@ -126,3 +129,35 @@ def attribute(
     )
     adjacency, kept = edges.adjacency(len(resolved), bias_node)
     return Graph(adjacency, nodes[kept.numpy()].reset_index(drop=True), certificate, info)
+
+
+def _checked(
+    direction: str,
+    max_n_logits: int,
+    desired_logit_prob: float,
+    max_feature_nodes: int | None,
+    check_columns: int,
+    dtype: torch.dtype | None,
+    devices: Any,
+) -> list[torch.device] | None:
+    """Refuse settings that cannot be, before anything runs; return the devices."""
+    if direction not in ("auto", "push", "pull"):
+        raise GraphError(f"direction must be 'auto', 'push' or 'pull', not {direction!r}")
+    if max_feature_nodes is not None and direction == "push":
+        raise GraphError("max_feature_nodes pulls the features it keeps: leave out direction='push', or the budget")
+    counts = {"max_n_logits": (max_n_logits, 1), "check_columns": (check_columns, 0)}
+    if max_feature_nodes is not None:
+        counts["max_feature_nodes"] = (max_feature_nodes, 1)
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise GraphError(f"{name} is a whole number of at least {least}, not {value!r}")
+    if not 0 < desired_logit_prob <= 1:
+        raise GraphError(f"desired_logit_prob is a probability above 0, not {desired_logit_prob!r}")
+    if dtype is not None and dtype not in (torch.float32, torch.float64):
+        raise GraphError(f"edges are computed in torch.float32 or torch.float64, not {dtype!r}")
+    if devices is None:
+        return None
+    try:
+        return [torch.device(each) for each in ([devices] if isinstance(devices, str | torch.device) else devices)]
+    except (RuntimeError, TypeError) as error:
+        raise GraphError(f"devices are such as 'cpu' or 'cuda:0', not {devices!r}") from error

@@ -123,9 +123,13 @@ def read_prompt(model: Any, prompt: Any) -> tuple[dict[str, Any], Any]:
             raise EditError("this model has no tokenizer: give token ids instead of text")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         return _tokenized(tokenizer, texts), tokenizer
-    ids = torch.as_tensor(prompt)
-    if ids.ndim not in (1, 2) or ids.numel() == 0 or ids.is_floating_point():
-        raise EditError(f"a prompt is text, or token ids (position,) or (batch, position), not {tuple(ids.shape)}")
+    try:
+        ids = torch.as_tensor(prompt)
+    except (TypeError, ValueError, RuntimeError):
+        ids = torch.empty(0)
+    if ids.ndim not in (1, 2) or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        shown = tuple(ids.shape) if isinstance(prompt, Tensor) else type(prompt).__name__
+        raise EditError(f"a prompt is text, or token ids (position,) or (batch, position), not {shown}")
     ids = ids.reshape(-1, ids.shape[-1])
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, tokenizer
 
