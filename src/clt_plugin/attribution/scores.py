@@ -60,13 +60,13 @@ def blocks(graph: Graph, nodes: Tensor | None = None) -> Iterator[tuple[Tensor, 
 
     Args:
         graph: The graph.
-        nodes: Their places; all by default.
+        nodes: Their places; by default those of features and targets, since no other node has inputs.
 
     Yields:
         The places (n,) and the rows (n, N) in float64, on the CPU.
     """
     bias = graph.of_kind("bias")
-    places = torch.arange(len(graph)) if nodes is None else nodes
+    places = graph.of_kind("feature", "target").nonzero().flatten() if nodes is None else nodes
     for some in places.split(max(1, BLOCK // max(1, len(graph)))):
         rows = graph.adjacency[some.to(graph.adjacency.device)].to("cpu", torch.float64)
         rows[:, bias] = 0
@@ -126,7 +126,7 @@ def influence(graph: Graph) -> Tensor:
 def edge_scores(graph: Graph) -> Tensor:
     """Return ``Ahat[t, s] (influence_t + weight_t)`` for every edge, (N, N) in float64; 0 for those of the bias."""
     handed_on = influence(graph) + target_weights(graph)
-    scores = torch.empty(len(graph), len(graph), dtype=torch.float64)
+    scores = torch.zeros(len(graph), len(graph), dtype=torch.float64)
     for some, rows in blocks(graph):
         scores[some] = shares(rows) * handed_on[some, None]
     return scores
