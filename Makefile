@@ -11,8 +11,9 @@ READY   = $(VENV)/.ready
 demo: $(READY)
 	$(BIN)/clt demo
 
+# On as many processes as there are cores, each of one thread: most tests are small, and threads would only wait.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 docs: $(READY)
 	$(BIN)/mkdocs build --strict

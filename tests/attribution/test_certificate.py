@@ -167,16 +167,16 @@ def a_wrong_fit(found: FrozenNorm, norm: nn.Module, *_: Any) -> FrozenNorm:
 
 def exchanged(found: Any, *_: Any) -> Any:
     """Let some features have each other's edges; a pair alone passes where its signs are equal in every run."""
-    block = found.block.clone()
-    block[:, [3, 5, 8, 2, 11, 17, 20, 14]] = block[:, [11, 17, 20, 14, 3, 5, 8, 2]]
-    return replace(found, block=block)
+    whole = found.whole.clone()
+    whole[:, [3, 5, 8, 2, 11, 17, 20, 14]] = whole[:, [11, 17, 20, 14, 3, 5, 8, 2]]
+    return replace(found, whole=whole)
 
 
 def shuffled(found: Any, *_: Any) -> Any:
-    block, first = found.block.clone(), len(found.nodes)
-    order = torch.randperm(block.shape[1] - 1 - first, generator=torch.Generator().manual_seed(1))
-    block[:, first:-1] = block[:, first:-1][:, order]
-    return replace(found, block=block)
+    whole, first, n = found.whole.clone(), len(found.nodes), (N_LAYERS + 1) * len(IDS)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    whole[:, first : first + n] = whole[:, first : first + n][:, order]
+    return replace(found, whole=whole)
 
 
 FAULTS: dict[str, tuple[Patch, str]] = {

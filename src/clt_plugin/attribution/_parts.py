@@ -28,7 +28,7 @@ def source_nodes(local: LocalReplacement, tokenizer: Any) -> pd.DataFrame:
     """
     n, device = len(local.sources.features), local.frozen.device
     zero = torch.zeros(n + 1, device=device)
-    none = Edges(zero[:, None], zero, zero, zero, torch.arange(n, device=device))
+    none = Edges(zero[:, None], zero, True, zero, zero, zero, zero, torch.arange(n, device=device))
     # A graph has a target, whose row is the last: what stands in for it here is left out again.
     target = Resolved(local.readings(none.nodes[:0]), {"id": ""}, {})
     return table_of(local, none, (target,), tokenizer).drop(columns=["weight", "omitted"]).iloc[:-1]

@@ -51,10 +51,10 @@ def column_residual(
         weights[row, node] = 4 * size / max(_largest_write(sources, node), 1e-30)
     signs = torch.randint(0, 2, (SIGNED, len(columns) - 1), generator=generator) * 2 - 1
     weights[len(chosen) :, columns[:-1]] = signs.to(weights)
-    weights = weights.to(edges.block.device)
+    weights = weights.to(edges.whole.device)
     changes = direct_changes(hf, local, weights, resolved)
     rows = torch.cat((nodes, n_features + torch.arange(len(resolved)))).to(changes.device)
-    direct, ours = changes[:, rows], weights[:, columns.to(weights.device)] @ edges.block.T
+    direct, ours = changes[:, rows], edges.effects(weights[:, columns[:-1].to(weights.device)])
     apart = torch.where(direct.isnan(), 0, ours - direct).abs().amax(1)
     # Beside the values themselves, too: an effect much smaller than these is lost in their rounding.
     largest = torch.maximum(ours.abs().amax(1), direct.nan_to_num().abs().amax(1))

@@ -28,21 +28,48 @@ SHORT = 2e11
 
 @dataclass(frozen=True, eq=False)
 class Edges:
-    """The edges into some features and all targets.
+    """The edges into some features and all targets, in the adjacency of their graph.
+
+    Rows are what edges go into: the features kept, then the targets, R in all.
 
     Attributes:
-        block: (features kept + targets, features kept + errors + embeddings + bias).
+        whole: (N, N), for the features kept, errors, embeddings, the bias where it is a node, and targets.
+        bias: Each row's edge from the bias, (R,).
+        has_bias: Whether the bias is a node of the whole.
         values: Each row's value in the recorded run.
         sums: Each row's sum over all sources, those left out included.
         absolute: Each row's sum of absolute edges over all sources.
+        kept: Each row's sum over the sources kept, the bias included.
         nodes: Which of the active features were kept, ascending.
     """
 
-    block: Tensor
+    whole: Tensor
+    bias: Tensor
+    has_bias: bool
     values: Tensor
     sums: Tensor
     absolute: Tensor
+    kept: Tensor
     nodes: Tensor
+
+    @property
+    def block(self) -> Tensor:
+        """The edges into all rows from the features kept, errors, embeddings and the bias, (R, S): a copy."""
+        n = len(self.whole) - (len(self.values) - len(self.nodes)) - self.has_bias
+        tables = _tables(self.whole, len(self.nodes), len(self.values))
+        return torch.cat((torch.cat([table[:, :n] for table in tables]), self.bias[:, None]), dim=1)
+
+    def effects(self, weights: Tensor) -> Tensor:
+        """Return what some sources together do to each row, without a copy of the edges.
+
+        Args:
+            weights: How often each source counts, for the features kept, errors and embeddings, (k, sources).
+
+        Returns:
+            (k, R).
+        """
+        tables = _tables(self.whole, len(self.nodes), len(self.values))
+        return torch.cat([weights @ table[:, : weights.shape[1]].T for table in tables], dim=1)
 
     def residuals(self) -> Tensor:
         """Return how far each row's sum is from its value, relative to its absolute sum."""
@@ -52,30 +79,42 @@ class Edges:
 
     def omitted(self) -> Tensor:
         """Return what each row gets from features that were left out."""
-        return self.sums - self.block.sum(1)
+        return self.sums - self.kept
 
     def adjacency(self, n_targets: int, bias: bool) -> tuple[Tensor, Tensor]:
         """Return the graph's adjacency, on the CPU, and which of all nodes are in it, (N,) of bool.
 
         Args:
             n_targets: How many of the rows, the last, are targets.
-            bias: Whether the bias is a node.
+            bias: Whether the bias is to be a node: as the edges were found, or no longer, which takes a copy.
         """
-        n_sources, n_features = self.block.shape[1], len(self.nodes)
-        columns = n_sources if bias else n_sources - 1
-        n = columns + n_targets
-        whole = torch.zeros(n, n, dtype=self.block.dtype)
-        whole[:n_features, :columns] = self.block[:n_features, :columns].cpu()
-        whole[columns:, :columns] = self.block[n_features:, :columns].cpu()
-        kept = torch.ones(n_sources + n_targets, dtype=torch.bool)
-        kept[n_sources - 1] = bias
-        return whole, kept
+        n = len(self.whole) + (not self.has_bias)
+        kept = torch.ones(n, dtype=torch.bool)
+        kept[n - n_targets - 1] = bias
+        if bias == self.has_bias:
+            return self.whole.cpu(), kept
+        assert self.has_bias
+        stay = kept.to(self.whole.device)
+        return self.whole[stay][:, stay].cpu(), kept
+
+
+def _tables(whole: Tensor, n_features: int, n_rows: int) -> list[Tensor]:
+    """Return the rows of a graph's adjacency that edges go into, of features and of targets, without a copy."""
+    return [whole[:n_features], whole[len(whole) - (n_rows - n_features) :]]
+
+
+def _sums(whole: Tensor, n_features: int, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Return those rows' sums, and their sums of absolute values, (R,)."""
+    # By parts, so that no second matrix of that size is made, and each is still in the cache for the second sum.
+    parts = [part for table in _tables(whole, n_features, n_rows) for part in table.split(64)]
+    return torch.cat([part.sum(1) for part in parts]), torch.cat([part.abs().sum(1) for part in parts])
 
 
 def all_edges(
     local: LocalReplacement,
     targets: Readings,
     *,
+    bias_node: bool = True,
     direction: str = "auto",
     devices: Sequence[Any] | None = None,
     bar: bool | None = None,
@@ -85,29 +124,51 @@ def all_edges(
     Args:
         local: The local replacement model.
         targets: The targets.
+        bias_node: Whether the graph has the bias as a node; it counts in the sums in any case.
         direction: ``"push"``, ``"pull"`` or ``"auto"``.
         devices: Where to work; the model's own by default.
         bar: Whether to show progress.
     """
     frozen, sources = local.frozen, local.sources
-    readings = Readings.join([local.readings(), targets])
+    features = local.readings()
+    readings = Readings.join([features, targets])
     costs = {"push": push_flops(frozen, sources, readings), "pull": pull_flops(frozen, sources, readings)}
     if direction == "auto":
         direction = min(costs, key=lambda way: costs[way])
-    block = torch.empty(len(readings), len(sources), dtype=frozen.dtype, device=frozen.device)
+    n, shown = len(features), _wants_bar(bar, costs[direction])
+    size = len(sources) - (not bias_node) + len(targets)
+    whole = torch.zeros(size, size, dtype=frozen.dtype, device=frozen.device)
+    tables = _tables(whole, n, len(readings))
     if direction == "push":
-        step: Callable[..., Tensor] = pushing.push
-        parts = list(pushing.chunks(sources, frozen.d_model, _elements(frozen, pushing.CHUNK_ELEMENTS)))
+        _push_all(local, [features, targets], tables, devices, shown)
     else:
-        step = pulling.pull
-        parts = _pulled_chunks(local, readings)
-    for nodes, found in _shared(step, local, readings, parts, devices, _wants_bar(bar, costs[direction])):
-        if direction == "push":
-            block[:, nodes] = found
-        else:
-            block[nodes] = found
-    every = torch.arange(len(sources.features), device=frozen.device)
-    return Edges(block, readings.values, block.sum(1), _absolute_sums(block), every)
+        for rows, found in _pulled(local, readings, devices, shown):
+            _put(tables, rows, found[:, : sources.bias])
+    bias = torch.cat(pushing.Push(frozen, sources, [features, targets]).bias())
+    if bias_node:
+        _put([table[:, sources.bias :] for table in tables], torch.arange(len(bias), device=bias.device), bias[:, None])
+    sums, absolute = _sums(whole, n, len(readings))
+    if not bias_node:
+        sums, absolute = sums + bias, absolute + bias.abs()
+    every = torch.arange(n, device=frozen.device)
+    return Edges(whole, bias, bias_node, readings.values, sums, absolute, sums, every)
+
+
+def _put(tables: Sequence[Tensor], rows: Tensor, found: Tensor) -> None:
+    """Put edges into rows of two tables, which are numbered one after the other, and their first columns.
+
+    Args:
+        tables: The tables.
+        rows: The rows, ascending, (n,).
+        found: (n, columns).
+    """
+    columns, n_first = slice(0, found.shape[1]), int((rows < len(tables[0])).sum())
+    for table, here, shift in ((tables[0], slice(0, n_first), 0), (tables[1], slice(n_first, None), len(tables[0]))):
+        these = (rows[here] - shift).tolist()
+        if these and these[-1] - these[0] + 1 == len(these):
+            table[these[0] : these[-1] + 1, columns] = found[here]
+        elif these:
+            table[these, columns] = found[here]
 
 
 def chosen_edges(
@@ -116,7 +177,7 @@ def chosen_edges(
     weights: Sequence[float],
     budget: int,
     *,
-    direction: str = "auto",
+    bias_node: bool = True,
     devices: Sequence[Any] | None = None,
     bar: bool | None = None,
 ) -> Edges:
@@ -132,7 +193,7 @@ def chosen_edges(
         targets: The targets.
         weights: Each target's share in influence.
         budget: How many features to keep.
-        direction: ``"auto"`` or ``"pull"``: pushing would take every feature.
+        bias_node: As for `all_edges`.
         devices: Where to work; the model's own by default.
         bar: Whether to show progress.
     """
@@ -148,12 +209,21 @@ def chosen_edges(
         chosen = torch.argsort(influence, descending=True, stable=True)[:size]
     chosen = chosen[:budget].sort().values
     readings = Readings.join([local.readings(chosen), targets])
+    # The features kept, errors, embeddings, the bias; the graph's last nodes are the targets.
     kept = torch.cat((chosen, torch.arange(n, len(sources), device=frozen.device)))
-    block = torch.empty(len(readings), len(kept), dtype=frozen.dtype, device=frozen.device)
-    sums, absolute = torch.empty_like(readings.values), torch.empty_like(readings.values)
-    for rows, found in _shared(pulling.pull, local, readings, _pulled_chunks(local, readings), devices, shown):
-        block[rows], sums[rows], absolute[rows] = found[:, kept], found.sum(1), found.abs().sum(1)
-    return Edges(block, readings.values, sums, absolute, chosen)
+    size = len(kept) - (not bias_node) + len(targets)
+    whole = torch.zeros(size, size, dtype=frozen.dtype, device=frozen.device)
+    tables = _tables(whole, len(chosen), len(readings))
+    bias = pushing.Push(frozen, sources, [readings]).bias()[0]
+    sums, absolute, remain = bias.clone(), bias.abs(), bias.clone()
+    for rows, found in _pulled(local, readings, devices, shown):
+        sums[rows] += found.sum(1)
+        absolute[rows] += found.abs().sum(1)
+        found = found[:, kept]
+        remain[rows] += found.sum(1)
+        found[:, -1] = bias[rows]
+        _put(tables, rows, found if bias_node else found[:, :-1])
+    return Edges(whole, bias, bias_node, readings.values, sums, absolute, remain, chosen)
 
 
 def _rounds(n: int, budget: int) -> list[int]:
@@ -183,7 +253,7 @@ def _influence(
     reached = torch.zeros(n, dtype=torch.float64, device=device)
     shares = torch.tensor(weights, dtype=torch.float64, device=device)
     shares = shares / shares.sum() if bool(shares.sum() > 0) else shares
-    for rows, found in _shared(pulling.pull, local, readings, _pulled_chunks(local, readings), devices, bar):
+    for rows, found in _pulled(local, readings, devices, bar):
         inputs = found[:, : sources.bias].abs().double()
         inputs = inputs / inputs.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         of_feature = rows < len(chosen)
@@ -196,30 +266,75 @@ def _influence(
 # ---------------------------------------------------------------- who works, and what it costs
 
 
-def _shared(
-    step: Callable[..., Tensor],
+def _push_all(
     local: LocalReplacement,
-    readings: Readings,
-    parts: Sequence[Tensor],
+    readings: Sequence[Readings],
+    tables: Sequence[Tensor],
     devices: Sequence[Any] | None,
     bar: bool,
+) -> None:
+    """Push every source but the bias; write the edges into the tables' first columns."""
+
+    def prepare(place: torch.device) -> Callable[[pushing.Chunk], None]:
+        here = local.to(place)
+        push = pushing.Push(here.frozen, here.sources, [table.to(place) for table in readings])
+
+        def work(chunk: pushing.Chunk) -> None:
+            # Each chunk has columns of its own, so that threads do not meet.
+            edges = [table[:, chunk.nodes] for table in tables]
+            if place == local.frozen.device:
+                push(chunk, edges)
+                return
+            found = [torch.zeros_like(part, device=place) for part in edges]
+            push(chunk, found)
+            for part, mine in zip(edges, found, strict=True):
+                part.copy_(mine)
+
+        return work
+
+    parts = list(
+        pushing.chunks(local.sources, local.frozen.d_model, elements=_elements(local.frozen, pushing.CHUNK_ELEMENTS))
+    )
+    for _ in _shared(prepare, local, parts, devices, bar):
+        pass
+
+
+def _pulled(
+    local: LocalReplacement, readings: Readings, devices: Sequence[Any] | None, bar: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Work through chunks, on several devices side by side; return each with its edges, in their order."""
-    from tqdm.auto import tqdm
+    """Pull targets, but for the bias; return chunks of them with their edges, (n, S), the last layers' first."""
+
+    def prepare(place: torch.device) -> Callable[[Tensor], Tensor]:
+        here, reads = local.to(place), readings.to(place)
+        return lambda rows: pulling.pull(here.frozen, here.sources, reads, rows.to(place), bias=False).to(home)
 
     home = local.frozen.device
-    places = [torch.device(device) for device in devices or [home]]
-    copies = {place: (local.to(place), readings.to(place)) for place in dict.fromkeys(places)}
+    elements = _elements(local.frozen, pulling.CHUNK_ELEMENTS)
+    parts = list(pulling.chunks(readings, local.frozen.d_model, len(local.sources), elements=elements))
+    return _shared(prepare, local, parts, devices, bar)
 
-    def work(number: int) -> Tensor:
-        place = places[number % len(places)]
-        here, reads = copies[place]
+
+def _shared(
+    prepare: Callable[[torch.device], Callable[[Any], Any]],
+    local: LocalReplacement,
+    parts: Sequence[Any],
+    devices: Sequence[Any] | None,
+    bar: bool,
+) -> Iterator[tuple[Any, Any]]:
+    """Work through chunks, on several devices side by side; return each with what came of it, in their order."""
+    from tqdm.auto import tqdm
+
+    places = [torch.device(device) for device in devices or [local.frozen.device]]
+    with torch.no_grad():
+        steps = {place: prepare(place) for place in dict.fromkeys(places)}
+
+    def work(number: int) -> Any:
         with torch.no_grad():
-            return step(here.frozen, here.sources, reads, parts[number].to(place)).to(home)
+            return steps[places[number % len(places)]](parts[number])
 
     with tqdm(total=sum(map(len, parts)), desc="edges", disable=not bar) as progress:
         if len(places) == 1:
-            results: Iterator[Tensor] = map(work, range(len(parts)))
+            results: Iterator[Any] = map(work, range(len(parts)))
             yield from _counted(parts, results, progress)
             return
         with ThreadPoolExecutor(len(places)) as pool:
@@ -232,17 +347,12 @@ def _shared(
                 yield from _counted(parts[number : number + 1], iter([found]), progress)
 
 
-def _pulled_chunks(local: LocalReplacement, readings: Readings) -> list[Tensor]:
-    elements = _elements(local.frozen, pulling.CHUNK_ELEMENTS)
-    return list(pulling.chunks(readings, local.frozen.d_model, len(local.sources), elements))
-
-
 def _elements(frozen: FrozenMap, elements: int) -> int:
     """Return how large a chunk may be: other devices than the CPU want more work at a time."""
     return elements if frozen.device.type == "cpu" else 32 * elements
 
 
-def _counted(parts: Sequence[Tensor], results: Iterator[Tensor], progress: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _counted(parts: Sequence[Any], results: Iterator[Any], progress: Any) -> Iterator[tuple[Any, Any]]:
     for part, found in zip(parts, results, strict=True):
         yield part, found
         progress.update(len(part))
@@ -250,11 +360,6 @@ def _counted(parts: Sequence[Tensor], results: Iterator[Tensor], progress: Any) 
 
 def _wants_bar(bar: bool | None, flops: float) -> bool:
     return flops > SHORT if bar is None else bar
-
-
-def _absolute_sums(block: Tensor) -> Tensor:
-    # By rows, so that no second matrix of that size is made.
-    return torch.cat([part.abs().sum(1) for part in block.split(256)])
 
 
 def push_flops(frozen: FrozenMap, sources: Sources, readings: Readings) -> float:

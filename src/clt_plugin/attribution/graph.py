@@ -98,8 +98,9 @@ class Graph:
             the layer's number as a rule), ``token`` (of its position; of a logit, the token predicted), ``token_id``,
             ``activation`` (of features), ``value`` (a feature's pre-activation, a target's value), ``weight`` (a
             target's share in influence: a logit's probability; 0 for other nodes) and ``omitted`` (the sum of the
-            row's edges that are not in the matrix: from features that a node budget left out, from the bias where it is no
-            node, and those that `select`, `prune` or `merged` took away). So a row's edges and its ``omitted`` add up to its ``value``, always.
+            row's edges that are not in the matrix: from features that a node budget left out, from the bias where it is
+            no node, and those that `select`, `prune` or `merged` took away). So a row's edges and its ``omitted`` add
+            up to its ``value``, always.
             Further columns are kept as they are; `prune` adds ``influence`` and ``cumulative_influence``.
         certificate: What was checked.
         info: Where it comes from.

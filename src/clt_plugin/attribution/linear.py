@@ -15,7 +15,7 @@ Canonical shapes, in which a state of many sources or targets is carried::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +26,33 @@ from clt_plugin.adapters._attention import ValueOutput, value_outputs
 from clt_plugin.adapters._frozen import Recording, record
 from clt_plugin.adapters._norms import FrozenNorm
 from clt_plugin.adapters.huggingface import HostModel
+from clt_plugin.attribution._vectors import by_position
 from clt_plugin.core.wiring import MODEL, Site
 
 STATES = ("resid_pre", "attn_out", "resid_mid", "mlp_out_before_norm", "mlp_out", "resid_post")
 """What a layer holds, in the order in which a forward pass reaches it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Spread:
+    """What one attention makes of rows that are each at one position: a vector a head, in shares at other positions.
+
+    What is linear in it costs as much as that of a few vectors, not of as many as there are positions.
+
+    Attributes:
+        heads: Each head's vectors, (heads, rows, d).
+        shares: For rows at the same position: the first position that they reach, which they are, and how much of
+            each head's vector arrives there and at each position that follows, (positions reached, heads).
+    """
+
+    heads: Tensor
+    shares: Sequence[tuple[int, slice, Tensor]]
+
+    def add_to(self, out: Tensor, start: int) -> None:
+        """Add it to states at positions from start on, (m, rows, d)."""
+        for first, rows, share in self.shares:
+            into = out[first - start : first - start + len(share), rows]
+            into.view(len(into), -1).addmm_(share, self.heads[:, rows].flatten(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,42 +121,53 @@ class FrozenLayer:
             start: The first position.
             out: Where to add, of the same shape; may be x itself.
         """
-        (m, rows, d), here = x.shape, slice(start, start + len(x))
-        kv, d_head = self.W_V.shape[1:]
-        values = x.reshape(m * rows, d) @ self.W_V.flatten(1)
+        self.put_out(self.mix(self.values(x), start), out)
+
+    def values(self, x: Tensor) -> Tensor:
+        """Return the values of vectors, but for the key scale: (..., value heads * d_head) for (..., d)."""
+        return x @ self.W_V.flatten(1)
+
+    def mix(self, values: Tensor, start: int) -> Tensor:
+        """Return what heads make of values, (m, rows, heads * d_head).
+
+        Args:
+            values: Of `values`, at positions start to start + m, (m, rows, value heads * d_head); overwritten.
+            start: The first position.
+        """
+        (m, rows, _), (kv, d_head) = values.shape, self.W_V.shape[1:]
+        here = slice(start, start + m)
         if self.key_scale is not None:
-            values = values.view(m, -1).mul_(self.key_scale[here, None])
+            values = values.mul_(self.key_scale[here, None, None])
         values = values.view(m, rows, kv, d_head).permute(2, 0, 1, 3).reshape(kv, m, rows * d_head)
         pattern = self.pattern[:, here, here].reshape(kv, -1, m)
         mixed = torch.bmm(pattern, values).view(-1, m, rows, d_head)
-        self._put_out(mixed.permute(1, 2, 0, 3).reshape(m, -1), here, out)
+        mixed = mixed.permute(1, 2, 0, 3).reshape(m, rows, -1)
+        return mixed if self.query_scale is None else mixed.mul_(self.query_scale[here, None, None])
 
-    def attend_from(self, x: Tensor, at: Tensor, start: int, out: Tensor) -> None:
-        """Carry vectors that are each at one position through attention, and add the result.
+    def put_out(self, mixed: Tensor, out: Tensor) -> None:
+        """Add to ``out``, (m, rows, d), what heads write of ``mixed``, of `mix`."""
+        weight = self.W_O.flatten(0, 1)
+        out.view(-1, out.shape[-1]).addmm_(mixed.view(-1, len(weight)), weight)
 
-        What a head puts out is then one vector a row, in other shares at each position, which costs next to nothing.
+    def spread(self, x: Tensor, places: Iterable[tuple[int, slice]]) -> Spread:
+        """Return what attention makes of vectors that are each at one position.
 
         Args:
             x: (rows, d).
-            at: Where each is, from the first position on, (rows,).
-            start: The first position.
-            out: Where to add, (m, rows, d).
+            places: Positions, and which rows are there.
         """
-        here, group = slice(start, start + len(out)), len(self.W_O) // self.W_V.shape[1]
-        values = (x @ self.W_V.flatten(1)).view(len(x), -1, self.W_V.shape[-1])
-        heads = torch.bmm(values.repeat_interleave(group, 1).transpose(0, 1), self.W_O)  # (heads, rows, d)
-        shares = self.pattern[:, here, at + start].permute(2, 1, 0)  # (rows, m, heads)
-        if self.key_scale is not None:
-            shares = shares * self.key_scale[at + start, None, None]
-        if self.query_scale is not None:
-            shares = shares * self.query_scale[here, None]
-        out.transpose(0, 1).baddbmm_(shares, heads.transpose(0, 1))
-
-    def _put_out(self, mixed: Tensor, here: slice, out: Tensor) -> None:
-        if self.query_scale is not None:
-            mixed = mixed.mul_(self.query_scale[here, None])
-        weight = self.W_O.flatten(0, 1)
-        out.view(-1, out.shape[-1]).addmm_(mixed.view(-1, len(weight)), weight)
+        group = len(self.W_O) // self.W_V.shape[1]
+        values = self.values(x).view(len(x), -1, self.W_V.shape[-1])
+        heads = torch.bmm(values.repeat_interleave(group, 1).transpose(0, 1), self.W_O)
+        shares = []
+        for position, rows in places:
+            share = self.pattern[:, position:, position].T
+            if self.key_scale is not None:
+                share = share * self.key_scale[position]
+            if self.query_scale is not None:
+                share = share * self.query_scale[position:, None]
+            shares.append((position, rows, share))
+        return Spread(heads, shares)
 
     def attend_transposed(self, g: Tensor, out: Tensor) -> None:
         """Carry gradients back through attention, and add the result.
@@ -142,41 +176,57 @@ class FrozenLayer:
             g: At the first m positions, (m, rows, d).
             out: Where to add, of the same shape; may be g itself.
         """
-        m, rows, d = g.shape
-        heads, d_head, _ = self.W_O.shape
-        kv = self.W_V.shape[1]
-        mixed = g.reshape(m * rows, d) @ self.W_O.flatten(0, 1).T
+        self.take_in(self.unmix(self.put_out_transposed(g)), out)
+
+    def put_out_transposed(self, g: Tensor) -> Tensor:
+        """Return gradients at heads' outputs, but for the query scale: (..., heads * d_head) for (..., d)."""
+        return g @ self.W_O.flatten(0, 1).T
+
+    def unmix(self, mixed: Tensor) -> Tensor:
+        """Return gradients at values, but for their weights, (m, rows, value heads * d_head).
+
+        Args:
+            mixed: Of `put_out_transposed`, at the first m positions, (m, rows, heads * d_head); overwritten.
+        """
+        (m, rows, _), (kv, d_head) = mixed.shape, self.W_V.shape[1:]
         if self.query_scale is not None:
-            mixed = mixed.view(m, -1).mul_(self.query_scale[:m, None])
-        mixed = mixed.view(m, rows, heads, d_head).permute(2, 0, 1, 3).reshape(kv, -1, rows * d_head)
+            mixed = mixed.mul_(self.query_scale[:m, None, None])
+        mixed = mixed.view(m, rows, -1, d_head).permute(2, 0, 1, 3).reshape(kv, -1, rows * d_head)
         pattern = self.pattern[:, :m, :m].reshape(kv, -1, m)
         values = torch.bmm(pattern.transpose(1, 2), mixed).view(kv, m, rows, d_head)
-        self._take_in(values.permute(1, 2, 0, 3).reshape(m, -1), out)
+        values = values.permute(1, 2, 0, 3).reshape(m, rows, -1)
+        return values if self.key_scale is None else values.mul_(self.key_scale[:m, None, None])
 
-    def attend_from_transposed(self, g: Tensor, at: Tensor, out: Tensor) -> None:
+    def take_in(self, values: Tensor, out: Tensor) -> None:
+        """Add to ``out``, (m, rows, d), the gradients at what is read for those at values, of `unmix`."""
+        weight = self.W_V.flatten(1)
+        out.view(-1, out.shape[-1]).addmm_(values.view(-1, weight.shape[1]), weight.T)
+
+    def attend_from_transposed(self, g: Tensor, at: Tensor, out: Tensor) -> Spread | None:
         """Carry gradients that are each at one position back through attention, and add the result.
 
         Args:
             g: (rows, d).
             at: Where each is, (rows,).
             out: Where to add, (m, rows, d).
-        """
-        m, group = len(out), len(self.W_O) // self.W_V.shape[1]
-        mixed = (g @ self.W_O.flatten(0, 1).T).view(len(g), *self.W_O.shape[:2])
-        back = self.W_V.permute(1, 2, 0).repeat_interleave(group, 0)  # (heads, d_head, d)
-        heads = torch.bmm(mixed.transpose(0, 1), back)  # (heads, rows, d)
-        shares = self.pattern[:, at, :m].permute(1, 2, 0)  # (rows, m, heads)
-        if self.query_scale is not None:
-            shares = shares * self.query_scale[at, None, None]
-        if self.key_scale is not None:
-            shares = shares * self.key_scale[:m, None]
-        out.transpose(0, 1).baddbmm_(shares, heads.transpose(0, 1))
 
-    def _take_in(self, values: Tensor, out: Tensor) -> None:
-        if self.key_scale is not None:
-            values = values.mul_(self.key_scale[: len(values), None])
-        weight = self.W_V.flatten(1)
-        out.view(-1, out.shape[-1]).addmm_(values.view(-1, weight.shape[1]), weight.T)
+        Returns:
+            What was added; None where that is not so simple.
+        """
+        group = len(self.W_O) // self.W_V.shape[1]
+        mixed = self.put_out_transposed(g).view(len(g), *self.W_O.shape[:2])
+        back = self.W_V.permute(1, 2, 0).repeat_interleave(group, 0)  # (heads, d_head, d)
+        shares = []
+        for position, rows in by_position(at):
+            share = self.pattern[:, position, : position + 1].T
+            if self.query_scale is not None:
+                share = share * self.query_scale[position]
+            if self.key_scale is not None:
+                share = share * self.key_scale[: position + 1, None]
+            shares.append((0, rows, share))
+        spread = Spread(torch.bmm(mixed.transpose(0, 1), back), shares)
+        spread.add_to(out, 0)
+        return spread
 
     def to(self, device: torch.device) -> FrozenLayer:
         """Return the layer on another device."""

@@ -7,16 +7,19 @@ same state, at neighbouring positions: the layers and positions after are left o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from clt_plugin.attribution.linear import FrozenMap
+from clt_plugin.attribution._vectors import cut
+from clt_plugin.attribution.linear import FrozenLayer, FrozenMap, Spread
 from clt_plugin.attribution.readings import Readings
-from clt_plugin.attribution.sources import Sources, blocks, by_position
+from clt_plugin.attribution.sources import Sources
 
 
-def pull(frozen: FrozenMap, sources: Sources, readings: Readings, targets: Tensor) -> Tensor:
+def pull(frozen: FrozenMap, sources: Sources, readings: Readings, targets: Tensor, *, bias: bool = True) -> Tensor:
     """Return the edges from all sources to some targets, (n, S).
 
     Args:
@@ -24,21 +27,28 @@ def pull(frozen: FrozenMap, sources: Sources, readings: Readings, targets: Tenso
         sources: The sources.
         readings: The targets.
         targets: Numbers of targets whose last reading is of one state, (n,).
+        bias: Whether to find the edges from the bias too, which meets every layer at every position; otherwise 0.
     """
-    return _Sweep(frozen, sources, readings.select(targets)).run().T
+    return _Sweep(frozen, sources, readings.select(targets), bias).run().T
 
 
 class _Sweep:
     """One chunk of targets on its way back through the layers."""
 
-    def __init__(self, frozen: FrozenMap, sources: Sources, readings: Readings) -> None:
-        self.frozen, self.sources, self.readings = frozen, sources, readings
+    def __init__(self, frozen: FrozenMap, sources: Sources, readings: Readings, bias: bool) -> None:
+        self.frozen, self.sources, self.readings, self.bias = frozen, sources, readings, bias
         self.m = int(readings.positions.max()) + 1
         self.edges = torch.zeros(len(sources), len(readings), dtype=frozen.dtype, device=frozen.device)
         # Gradients at states that skips read, by state.
         self.pending: dict[tuple[int, str], Tensor] = {}
         # Whether every row is at its own position yet.
         self.is_fresh = True
+        # What each row reads, (rows, d), and what the first attention made of it; where that is all there is.
+        self.is_plain = len(readings.readings) == 1 and not any(sources.skips)
+        self.own: Tensor | None = None
+        self.spread: Spread | None = None
+        # The gradient at the first layer's values.
+        self.values: Tensor | None = None
 
     def run(self) -> Tensor:
         """Sweep; return the edges, (S, n)."""
@@ -53,11 +63,10 @@ class _Sweep:
             self._inject(layer, "attn_out", attended)
             self._attend(layer, attended, g)
             self._inject(layer, "resid_pre", g)
-        first = len(self.sources.features) + self.frozen.n_layers * self.sources.n_positions
-        for position in range(self.m):
-            self.edges[first + position] = g[position] @ self.sources.embeddings[position]
+        self._meet_embeddings(g)
         self._meet_bias(g, self.sources.start)
-        self.edges[self.sources.bias] += self.readings.constants
+        if self.bias:
+            self.edges[self.sources.bias] += self.readings.constants
         return self.edges
 
     def _reads(self, layer: int, state: str) -> bool:
@@ -77,12 +86,39 @@ class _Sweep:
         self._meet_bias(g, step.constant)
         if self.is_fresh:
             rows = torch.arange(len(positions), device=g.device)
-            fresh = g[positions, rows]
+            fresh, own = g[positions, rows], out[positions, rows]
             if bool(fresh.any()):
-                step.attend_from_transposed(fresh, positions, out)
+                self.spread, self.own = step.attend_from_transposed(fresh, positions, out), own
                 self.is_fresh = False
-        else:
+            return
+        spread, self.spread = self.spread, None
+        is_last = layer == 0 and not self.bias and not self._reads(0, "resid_pre")
+        if not is_last and (spread is None or not self.is_plain):
             step.attend_transposed(g, out)
+            return
+        mixed = self._mixed(step, spread, len(g)) if spread and self.is_plain else step.put_out_transposed(g)
+        values = step.unmix(mixed)
+        if is_last:
+            # Only embeddings are left to meet, which attention's weights can be applied to beforehand.
+            self.values = values
+        else:
+            step.take_in(values, out)
+
+    def _mixed(self, step: FrozenLayer, spread: Spread, m: int) -> Tensor:
+        """Return the gradient at heads' outputs behind a single attention, found from few vectors."""
+        assert self.own is not None
+        positions, rows = self.readings.positions, torch.arange(len(self.own), device=self.own.device)
+        mixed = self.own.new_zeros(m, len(rows), step.W_O[..., 0].numel())
+        replace(spread, heads=step.put_out_transposed(spread.heads)).add_to(mixed, 0)
+        mixed[positions, rows] += step.put_out_transposed(self.own)
+        return mixed
+
+    def _meet_embeddings(self, g: Tensor) -> None:
+        embeddings, first = self.sources.embeddings[: self.m], self.sources.bias - self.sources.n_positions
+        found = torch.bmm(g, embeddings[:, :, None])
+        if self.values is not None:
+            found += torch.bmm(self.values, self.frozen.layers[0].values(embeddings)[:, :, None])
+        self.edges[first : first + self.m] = found[:, :, 0]
 
     def _meet(self, layer: int, g: Tensor) -> None:
         """Meet what is written at a layer's MLP."""
@@ -99,16 +135,12 @@ class _Sweep:
         if skip is not None:
             key, back = (skip.layer, skip.state), skip.transposed(g)
             self.pending[key] = back + self.pending[key] if key in self.pending else back
-        writing = self.sources.writing(layer)
-        # They are sorted by position.
-        n = int((self.sources.position[writing] < self.m).sum())
-        for part in blocks(torch.arange(n, device=writing.device), g.shape[-1]):
-            nodes, vectors = writing[part], self.sources.written(layer, part)
-            for position, here in by_position(self.sources.position[nodes]):
-                self.edges[nodes[here]] += vectors[here] @ g[position].T
+        for vectors in self.sources.written(layer):
+            vectors.meet(g, 0, self.edges)
 
     def _meet_bias(self, g: Tensor, constant: Tensor) -> None:
-        self.edges[self.sources.bias] += torch.einsum("ptd,pd->t", g, constant[: self.m])
+        if self.bias:
+            self.edges[self.sources.bias] += torch.einsum("ptd,pd->t", g, constant[: self.m])
 
 
 CHUNK_ELEMENTS = 2**20
@@ -128,10 +160,12 @@ def chunks(readings: Readings, d_model: int, n_sources: int, elements: int = CHU
         return
     n = int(readings.positions.max()) + 1
     order = torch.argsort(readings.last * n + readings.positions, descending=True, stable=True)
-    lasts, positions, stop = readings.last[order].tolist(), readings.positions[order].tolist(), 0
-    while stop < len(order):
-        first = stop
-        most = first + max(1, elements // max((positions[first] + 1) * d_model, n_sources))
-        while stop < min(most, len(order)) and lasts[stop] == lasts[first]:
-            stop += 1
-        yield order[first:stop]
+    lasts, positions = readings.last[order].tolist(), readings.positions[order].tolist()
+    start = 0
+    for _, run in groupby(lasts):
+        stop = start + len(list(run))
+        # A target's edges count as much as its gradient.
+        for part in cut([1 + at for at in positions[start:stop]], elements, d_model, n_sources):
+            # Ascending, so that the edges of many follow one another.
+            yield order[start + part.start : start + part.stop].sort().values
+        start = stop

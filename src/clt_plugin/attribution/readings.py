@@ -12,8 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from clt_plugin.attribution._vectors import Vectors
 from clt_plugin.attribution.linear import STATES, FrozenMap
-from clt_plugin.attribution.sources import ActiveFeatures, by_position
+from clt_plugin.attribution.sources import ActiveFeatures
 from clt_plugin.core.crosscoder import Crosscoder
 
 
@@ -41,26 +42,9 @@ class Reading:
     vectors: Tensor
 
     @cached_property
-    def places(self) -> list[tuple[int, slice, Tensor]]:
-        """For each position that is read: which vectors, and which targets."""
-        return [(position, here, self.rows[here]) for position, here in by_position(self.positions)]
-
-    @cached_property
-    def padded(self) -> tuple[Tensor, Tensor] | None:
-        """The vectors by position, (position, most at one, d), with zeros, and each one's place there, flat, (n,).
-
-        None where one position has so many more than others that padding would cost more than it saves.
-        """
-        counts = torch.bincount(self.positions)
-        most = int(counts.max())
-        if most * len(counts) > 3 * len(self.rows):
-            return None
-        firsts = counts.cumsum(0) - counts
-        within = torch.arange(len(self.rows), device=self.rows.device) - firsts[self.positions]
-        places = self.positions * most + within
-        vectors = self.vectors.new_zeros(len(counts) * most, self.vectors.shape[-1])
-        vectors[places] = self.vectors
-        return vectors.view(len(counts), most, -1), places
+    def placed(self) -> Vectors:
+        """The vectors, as what states meet."""
+        return Vectors(self.rows, self.positions, self.vectors)
 
     @property
     def order(self) -> int:

@@ -6,7 +6,7 @@ is split exactly: the features' writes, the decoder biases, the affine skips, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -16,8 +16,10 @@ from torch import Tensor
 
 from clt_plugin.adapters._norms import FrozenNorm
 from clt_plugin.adapters._run import group_labels
+from clt_plugin.attribution._vectors import Vectors, by_position
 from clt_plugin.attribution.linear import FrozenMap
 from clt_plugin.core.crosscoder import Crosscoder
+from clt_plugin.core.features import SparseGroup
 from clt_plugin.core.wiring import MLP_WRITES, Site
 
 
@@ -54,15 +56,15 @@ class ActiveFeatures:
         """
         wiring, reads = crosscoder.wiring, frozen.recording.sites
         inputs = {site: reads[site][0].to(crosscoder.device) for site in wiring.read_sites}
-        features = crosscoder.encode(inputs, sparse=True)
+        # Where groups are selected from together they are encoded together, and their pre-activations found again.
+        together = crosscoder.encode(inputs, sparse=True).groups if crosscoder.activation.joint else None
         found = []
         for g in sorted(range(wiring.n_groups), key=lambda g: (wiring.home[g], g)):
-            group = features.groups[g]
+            h = crosscoder.pre_activations(g, torch.cat([inputs[site] for site in wiring.reads[g]], dim=-1))
+            group = SparseGroup.of(crosscoder.activate(g, h)) if together is None else together[g]
             kept = ~silent.to(group.tokens.device)[group.tokens]
             tokens, latents, values = group.tokens[kept], group.latents[kept], group.values[kept]
-            x = torch.cat([inputs[site] for site in wiring.reads[g]], dim=-1)
-            h = crosscoder.pre_activations(g, x)[tokens, latents] if len(tokens) else values
-            found.append((torch.full_like(tokens, g), tokens, latents, values, h))
+            found.append((torch.full_like(tokens, g), tokens, latents, values, h[tokens, latents]))
         columns = [torch.cat(parts).to(frozen.device) for parts in zip(*found, strict=True)]
         group, position, latent = columns[:3]
         activation, pre_activation = (column.to(frozen.dtype) for column in columns[3:])
@@ -75,6 +77,11 @@ class ActiveFeatures:
     def of_group(self, g: int) -> Tensor:
         """Return the places of a group's features in the table, ascending."""
         return (self.group == g).nonzero()[:, 0]
+
+    @cached_property
+    def ranges(self) -> dict[int, slice]:
+        """Where each group that has active features has them in the table, in its order."""
+        return dict(by_position(self.group))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,22 +185,24 @@ class Sources:
 
     def writing(self, layer: int) -> Tensor:
         """Return the sources that write at a layer's MLP site, but for the bias, by position, (n,)."""
-        if layer not in self._writing:
-            self._writing[layer] = self._find_writing(layer)
-        return self._writing[layer]
+        ranges = [range_ for g, range_ in self.features.ranges.items() if layer in self.rows[g].columns]
+        first = len(self.features) + layer * self.n_positions
+        ranges.append(slice(first, first + self.n_positions))
+        every = torch.cat([torch.arange(one.start, one.stop, device=self.errors.device) for one in ranges])
+        return every[torch.argsort(self.position[every], stable=True)]
 
-    def written(self, layer: int, which: Tensor) -> Tensor:
-        """Return what some of a layer's sources write there, (n, d).
-
-        Args:
-            layer: The layer.
-            which: Places in `writing` of that layer, (n,).
-        """
+    def written(self, layer: int) -> Iterable[Vectors]:
+        """Return what sources write at a layer's MLP site, in parts that are small enough."""
+        if layer in self._written:
+            return self._written[layer]
+        parts = (
+            Vectors(nodes, self.position[nodes], self.vectors(layer, nodes))
+            for nodes in blocks(self.writing(layer), self.errors.shape[-1])
+        )
         if not self._keeps_vectors:
-            return self.vectors(layer, self.writing(layer)[which])
-        if layer not in self._vectors:
-            self._vectors[layer] = self.vectors(layer, self.writing(layer))
-        return self._vectors[layer][which]
+            return parts
+        self._written[layer] = list(parts)
+        return self._written[layer]
 
     @cached_property
     def _keeps_vectors(self) -> bool:
@@ -202,20 +211,22 @@ class Sources:
         return entries * self.errors.element_size() <= KEPT_BYTES
 
     @cached_property
-    def _writing(self) -> dict[int, Tensor]:
+    def _written(self) -> dict[int, list[Vectors]]:
         return {}
 
-    @cached_property
-    def _vectors(self) -> dict[int, Tensor]:
-        return {}
+    def of_features(self, g: int, layer: int, nodes: slice) -> Tensor | None:
+        """Return what some features of one group write at a layer's MLP site, (n, d), or None if they do not.
 
-    def _find_writing(self, layer: int) -> Tensor:
-        groups = [g for g, rows in self.rows.items() if layer in rows.columns]
-        nodes = [self.features.of_group(g) for g in groups]
-        first = len(self.features) + layer * self.n_positions
-        nodes.append(torch.arange(first, first + self.n_positions, device=self.errors.device))
-        every = torch.cat(nodes)
-        return every[torch.argsort(self.position[every], stable=True)]
+        Args:
+            g: The group.
+            layer: The layer.
+            nodes: Their places in the table of active features.
+        """
+        rows = self.rows[g]
+        if layer not in rows.columns:
+            return None
+        taken = rows.rows[:, rows.columns[layer]][rows.which[nodes]].to(self.errors.dtype)
+        return taken.mul_(self.features.activation[nodes, None])
 
     def vectors(self, layer: int, nodes: Tensor) -> Tensor:
         """Return what some sources write at a layer's MLP site, (n, d).
@@ -224,17 +235,15 @@ class Sources:
             layer: The layer.
             nodes: Numbers of sources that write there, features or errors, (n,).
         """
-        out = self.errors.new_zeros(len(nodes), self.errors.shape[-1])
-        first = len(self.features) + layer * self.n_positions
-        of_feature = nodes < len(self.features)
-        out[~of_feature] = self.errors[layer, nodes[~of_feature] - first]
-        groups = self.features.group[nodes.clamp(max=max(len(self.features) - 1, 0))] if len(self.features) else nodes
-        for g, rows in self.rows.items():
-            if layer in rows.columns:
-                here = (of_feature & (groups == g)).nonzero()[:, 0]
-                if len(here):
-                    taken = rows.rows[rows.which[nodes[here]], rows.columns[layer]].to(out.dtype)
-                    out[here] = taken * self.features.activation[nodes[here], None]
+        out = self.errors.new_empty(len(nodes), self.errors.shape[-1])
+        for g, range_ in self.features.ranges.items():
+            here = ((nodes >= range_.start) & (nodes < range_.stop)).nonzero()[:, 0]
+            if len(here):
+                rows = self.rows[g]
+                taken = rows.rows[:, rows.columns[layer]][rows.which[nodes[here]]].to(out.dtype)
+                out[here] = taken.mul_(self.features.activation[nodes[here], None])
+        here = (nodes >= len(self.features)).nonzero()[:, 0]
+        out[here] = self.errors[layer, nodes[here] - len(self.features) - layer * self.n_positions]
         return out
 
     def to(self, device: torch.device) -> Sources:
@@ -310,10 +319,13 @@ def sources_of(crosscoder: Crosscoder, frozen: FrozenMap, excluded: Tensor, zero
 
 def feature_writes(sources: Sources, layer: int) -> Tensor:
     """Return the sum of what features write at a layer's MLP site, (position, d)."""
-    total = torch.zeros_like(sources.errors[layer])
-    for part in blocks(sources.writing(layer), sources.errors.shape[-1]):
-        kept = part[part < len(sources.features)]
-        total.index_add_(0, sources.position[kept], sources.vectors(layer, kept))
+    total, size = torch.zeros_like(sources.errors[layer]), BLOCK_BYTES // (4 * sources.errors.shape[-1])
+    for g, range_ in sources.features.ranges.items():
+        for first in range(range_.start, range_.stop, max(1, size)):
+            here = slice(first, min(first + max(1, size), range_.stop))
+            written = sources.of_features(g, layer, here)
+            if written is not None:
+                total.index_add_(0, sources.features.position[here], written)
     return total
 
 
@@ -327,15 +339,6 @@ BLOCK_BYTES = 64 * 2**20
 def blocks(nodes: Tensor, width: int) -> Sequence[Tensor]:
     """Cut a list of nodes so that the vectors of each part stay within `BLOCK_BYTES`."""
     return nodes.split(max(1, BLOCK_BYTES // (4 * width)))
-
-
-def by_position(positions: Tensor) -> Iterator[tuple[int, slice]]:
-    """Return (position, which entries) of each run of equal positions in an ascending list."""
-    values, counts = torch.unique_consecutive(positions, return_counts=True)
-    stop = 0
-    for value, count in zip(values.tolist(), counts.tolist(), strict=True):
-        yield value, slice(stop, stop + count)
-        stop += count
 
 
 def _rows(crosscoder: Crosscoder, features: ActiveFeatures, g: int) -> Rows:

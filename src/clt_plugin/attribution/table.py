@@ -36,7 +36,7 @@ def table_of(
     groups = [features.labels[g] for g in features.group[nodes].tolist()]
     layers = [features.home[g] for g in features.group[nodes].tolist()]
     positions, latents = features.position[nodes].tolist(), features.latent[nodes].tolist()
-    left_out = edges.omitted() if bias else edges.omitted() + edges.block[:, -1]
+    left_out = edges.omitted() if bias else edges.omitted() + edges.bias
     omitted = left_out.double().cpu().numpy()
     kinds = {"feature": len(nodes), "error": n_layers * n, "embedding": n, "bias": 1, "target": len(targets)}
     ends = dict(zip(kinds, np.cumsum(list(kinds.values())).tolist(), strict=True))

@@ -109,9 +109,11 @@ def attribute(
         weights = [one.node["weight"] for one in resolved]
         joined = Readings.join(readings)
         if max_feature_nodes is None or max_feature_nodes >= len(local.sources.features):
-            edges = all_edges(local, joined, direction=direction, devices=places, bar=bar)
+            edges = all_edges(local, joined, bias_node=bias_node, direction=direction, devices=places, bar=bar)
         else:
-            edges = chosen_edges(local, joined, weights, max_feature_nodes, devices=places, bar=bar)
+            edges = chosen_edges(
+                local, joined, weights, max_feature_nodes, bias_node=bias_node, devices=places, bar=bar
+            )
         nodes = table_of(local, edges, resolved, tokenizer, bias_node)
         certificate = certify(hf, local, edges, resolved, nodes["id"].tolist(), check_columns, tolerance)
         certificate.check()
