@@ -89,7 +89,9 @@ def test_padding_is_refused():
         cp.attribute(model, {"input_ids": torch.tensor([[1, 0, 5]]), "attention_mask": mask}, clt=make_clt())
 
 
-@pytest.mark.parametrize("targets", [[5, 7], (5, 7), np.array([5, 7]), torch.tensor([5, 7]), iter([5, 7]), {5: 1, 7: 2}])
+@pytest.mark.parametrize(
+    "targets", [[5, 7], (5, 7), np.array([5, 7]), torch.tensor([5, 7]), iter([5, 7]), {5: 1, 7: 2}]
+)
 def test_targets_in_any_form(hf, targets):
     graph = cp.attribute(hf, IDS, targets, clt=make_clt())
     assert set(graph.nodes["token_id"][graph.nodes["kind"] == "target"]) == {5, 7}
