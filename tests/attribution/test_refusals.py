@@ -1,4 +1,4 @@
-"""What cannot be is refused in a line, before anything runs or after; what can be is taken in whatever form it comes."""
+"""What cannot be is refused in a line; what can be is taken in whatever form it comes."""
 
 from __future__ import annotations
 
