@@ -362,20 +362,26 @@ def _wants_bar(bar: bool | None, flops: float) -> bool:
     return flops > SHORT if bar is None else bar
 
 
+MEETING = 4
+"""How many times as long an operation takes where edges meet, in thin products, as in attention's large ones."""
+
+
 def push_flops(frozen: FrozenMap, sources: Sources, readings: Readings) -> float:
-    """Return about how many floating-point operations pushing all sources takes."""
+    """Return about what pushing all sources takes, in floating-point operations of large matrix products."""
     after = (frozen.n_positions - sources.position).double()
-    layers = (frozen.n_layers - 1 - sources.birth).double()
-    return float((layers * _sweep(frozen, after)).sum()) + len(sources) * len(readings) * frozen.d_model
+    # The first attention behind a source costs next to nothing.
+    layers = (frozen.n_layers - 2 - sources.birth).clamp(min=0).double()
+    meetings = len(sources) * len(readings) * frozen.d_model
+    return float((layers * _sweep(frozen, after)).sum()) + MEETING * meetings
 
 
 def pull_flops(frozen: FrozenMap, sources: Sources, readings: Readings) -> float:
-    """Return about how many floating-point operations pulling all targets takes."""
-    before, layers = (readings.positions + 1).double(), (readings.last_layer + 1).double()
+    """Return about what pulling all targets takes, in floating-point operations of large matrix products."""
+    before, layers = (readings.positions + 1).double(), readings.last_layer.double()
     # Every layer's writes are met by the targets above it: about as many as can see half of them.
     above = [float((readings.last_layer > layer).sum()) for layer in range(frozen.n_layers)]
-    writes = sum(len(sources.writing(layer)) * n for layer, n in enumerate(above))
-    return float((layers * _sweep(frozen, before)).sum()) + writes * frozen.d_model
+    meetings = sum(len(sources.writing(layer)) * n for layer, n in enumerate(above)) * frozen.d_model
+    return float((layers * _sweep(frozen, before)).sum()) + MEETING * meetings
 
 
 def _sweep(frozen: FrozenMap, positions: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ class _Sweep:
             self.edges[self.sources.bias] += torch.einsum("ptd,pd->t", g, constant[: self.m])
 
 
-CHUNK_ELEMENTS = 2**20
+CHUNK_ELEMENTS = 2**19
 """How many numbers a chunk's gradient may have: small enough for caches, large enough for matrix products."""
 
 

@@ -214,7 +214,7 @@ class _Sweep:
         return torch.zeros_like(x) if skip is None or read is None else skip(read, self.start)
 
 
-CHUNK_ELEMENTS = 2**19
+CHUNK_ELEMENTS = 2**20
 """How many numbers a chunk's state may have: small enough for caches, large enough for matrix products."""
 
 
