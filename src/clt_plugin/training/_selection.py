@@ -120,7 +120,7 @@ class SparseForm:
     """How an activation acts where few latents are active.
 
     Attributes:
-        keep: Which entries are kept. All others have activation 0, and no gradient comes from them.
+        keep: Which entries are kept: at least all that are active, or that a gradient comes from.
         act: What activations are at entries kept.
         complete: See `clt_plugin.training.forward.GroupActivity`.
     """
@@ -142,26 +142,22 @@ def _keep_jumprelu(activation: JumpReLU, h: Tensor, threshold: Any, scale: Tenso
 
 
 def _keep_topk(activation: TopK, h: Tensor, threshold: Any, scale: Tensor | None, training: bool) -> Tensor:
-    flat = top_of_rows(h if scale is None else h * scale, min(activation.k, h.shape[-1]))
-    return _positive(h, flat) if activation.rectify else flat
+    return top_of_rows(h if scale is None else h * scale, min(activation.k, h.shape[-1]))
 
 
 def _keep_batchtopk(activation: BatchTopK, h: Tensor, threshold: Any, scale: Tensor | None, training: bool) -> Tensor:
     if training:
-        scores = h if scale is None else h * scale
-        return _positive(h, top_of_all(scores, min(activation.k * len(h), h.numel())))
+        return top_of_all(h if scale is None else h * scale, min(activation.k * len(h), h.numel()))
     # The activation itself knows whether its threshold was measured, and what to say if not.
     return where(activation(h, threshold, scale, training) != 0)
 
 
-def _positive(h: Tensor, flat: Tensor) -> Tensor:
-    """Return those of the entries that relu does not set to 0."""
-    fine = (h.view(-1).index_select(0, flat) <= 0).logical_not_()
-    return flat if bool(fine.all()) else flat[fine]
+def _rectified(activation: Any, pre: Tensor, threshold: Any) -> Tensor:
+    return pre.relu()
 
 
-def _unchanged(activation: Any, pre: Tensor, threshold: Any) -> Tensor:
-    return pre
+def _selected(activation: TopK, pre: Tensor, threshold: Any) -> Tensor:
+    return pre.relu() if activation.rectify else pre
 
 
 def _jumped(activation: JumpReLU, pre: Tensor, threshold: Any) -> Tensor:
@@ -169,9 +165,9 @@ def _jumped(activation: JumpReLU, pre: Tensor, threshold: Any) -> Tensor:
 
 
 SPARSE_FORMS: dict[type[Activation], SparseForm] = {
-    ReLU: SparseForm(_keep_relu, _unchanged, complete=True),
+    ReLU: SparseForm(_keep_relu, _rectified, complete=True),
     JumpReLU: SparseForm(_keep_jumprelu, _jumped, complete=True),
-    TopK: SparseForm(_keep_topk, _unchanged, complete=False),
-    BatchTopK: SparseForm(_keep_batchtopk, _unchanged, complete=False),
+    TopK: SparseForm(_keep_topk, _selected, complete=False),
+    BatchTopK: SparseForm(_keep_batchtopk, _rectified, complete=False),
 }
 """By exact type: what is not here, a subclass too, is computed densely."""

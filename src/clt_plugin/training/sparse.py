@@ -208,6 +208,16 @@ def _decode_gradients(kept: Entries | None, grad: Tensor, acts: Tensor, weight: 
 # ---------------------------------------------------------------- one pass
 
 
+@torch.no_grad()
+def lay_out_by_latent(crosscoder: Crosscoder) -> None:
+    """Store each latent's encoder vector in one piece, as its gradient comes: shapes and values stay as they are.
+
+    Else each gradient (d, F) is transposed. To be called before an optimiser is made, whose state follows.
+    """
+    for weight in crosscoder.W_enc:
+        weight.data = weight.data.T.contiguous().T
+
+
 def forward_pass(
     crosscoder: Crosscoder,
     x: Tensor | Mapping[Site, Tensor],
@@ -218,8 +228,7 @@ def forward_pass(
     """Run a crosscoder over a batch, sparse where sparse; the same values and gradients as `ForwardPass.of`.
 
     Gradients reach every parameter, x, and whatever penalties take from `GroupActivity`; they can't be differentiated
-    again where a group is sparse. Among equal scores TopK and BatchTopK may choose other latents than the dense pass,
-    and a latent of score 0 never counts as selected.
+    again where a group is sparse. Among equal scores TopK and BatchTopK may choose other latents than the dense pass.
 
     Args:
         crosscoder: In memory, and in training mode if it is a BatchTopK without a measured threshold.
