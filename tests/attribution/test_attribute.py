@@ -15,7 +15,8 @@ import clt_plugin as cp
 from attribution.oracle import CLTS, Oracle, agree, clt_of, exact, model_of
 from clt_plugin import AttachError, Wiring
 from clt_plugin import interventions as iv
-from clt_plugin.attribution import logit, pull, push, sources
+from clt_plugin.attribution import logit
+from clt_plugin.attribution.engine import pull, push, sources
 from interventions.oracle_modes import FAMILIES as BY_HAND
 from interventions.oracle_modes import Batch, Change, Hand, run_mode
 from support.crosscoders import make_clt

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from attribution.graphs import drawn, make_graph, node
-from clt_plugin.attribution._aside import written_aside
-from clt_plugin.attribution.export import cantor, graph_data, pruned_for_view, to_json, to_viewer
+from clt_plugin.attribution.files.export import cantor, graph_data, pruned_for_view, to_json, to_viewer
+from clt_plugin.attribution.files.notes import with_notes
+from clt_plugin.attribution.files.schema import GRAPH_SCHEMA
 from clt_plugin.attribution.graph import Graph, GraphError
-from clt_plugin.attribution.notes import with_notes
-from clt_plugin.attribution.schema import GRAPH_SCHEMA
+from clt_plugin.core.aside import written_aside
 
 VALIDATOR = jsonschema.Draft7Validator(GRAPH_SCHEMA)
 

@@ -11,8 +11,8 @@ from transformers.utils.logging import warning_once
 
 import clt_plugin as cp
 from clt_plugin import Wiring
-from clt_plugin.attribution import _virtual
-from clt_plugin.attribution.global_weights import GlobalWeights, global_weights
+from clt_plugin.attribution.corpus import _virtual
+from clt_plugin.attribution.corpus.global_weights import GlobalWeights, global_weights
 from clt_plugin.attribution.graph import GraphError
 from clt_plugin.core.errors import AttachError
 from clt_plugin.interventions.edits import EditError, supernode

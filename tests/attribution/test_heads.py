@@ -10,8 +10,10 @@ import torch
 from torch.testing import assert_close
 
 from attribution.oracle import Oracle, clt_of, exact, model_of
-from clt_plugin.attribution import CertificateError, GraphError, _by_head, direction, feature, logit, pull
-from clt_plugin.attribution.heads import head_loadings
+from clt_plugin.attribution import CertificateError, GraphError, direction, feature, logit
+from clt_plugin.attribution.attention import _by_head
+from clt_plugin.attribution.attention.heads import head_loadings
+from clt_plugin.attribution.engine import pull
 from clt_plugin.attribution.trace import attribute
 from support.models import N_LAYERS, bridge_model, make_model, nnsight_model
 

@@ -8,7 +8,8 @@ import torch
 import clt_plugin as cp
 from attribution.graphs import make_graph
 from clt_plugin.adapters import _attention
-from clt_plugin.attribution import checks, direct, edges, linear, local, trace
+from clt_plugin.attribution import trace
+from clt_plugin.attribution.engine import checks, direct, edges, linear, local
 from support.crosscoders import make_clt
 from support.models import make_model
 
@@ -57,7 +58,7 @@ def test_no_half_written_file_is_left(method, tmp_path, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clt_plugin.attribution._aside.os.replace", interrupt)
+    monkeypatch.setattr("clt_plugin.core.aside.os.replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         getattr(make_graph(2), method)(path)
     assert [each.name for each in tmp_path.iterdir()] == ["graph"]

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from attribution.graphs import make_certificate, make_graph
+from clt_plugin.attribution.files.notes import with_notes
 from clt_plugin.attribution.graph import Graph, GraphError
-from clt_plugin.attribution.notes import with_notes
 from clt_plugin.report.graph_page import write_page
 from support.browser import browser, complaints, requests
 

@@ -12,8 +12,10 @@ from torch.testing import assert_close
 
 from attribution.oracle import _BLOCK, Oracle, _norm, clt_of, exact, model_of
 from clt_plugin import interventions as iv
-from clt_plugin.attribution import CertificateError, GraphError, _parts, _queries, pull, qk
-from clt_plugin.attribution.qk import qk_attribution
+from clt_plugin.attribution import CertificateError, GraphError
+from clt_plugin.attribution.attention import _parts, _queries, qk
+from clt_plugin.attribution.attention.qk import qk_attribution
+from clt_plugin.attribution.engine import pull
 from interventions.oracle_modes import Hand, _linear, _norm_parts
 from support.models import bridge_model, make_model, nnsight_model
 

@@ -58,7 +58,7 @@ def test_an_interrupted_save_leaves_what_was_there(tmp_path: Path, monkeypatch: 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clt_plugin.attribution.storage.os.fsync", interrupted)
+    monkeypatch.setattr("clt_plugin.attribution.files.storage.os.fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_graph(seed=2).save(path)
     assert path.read_bytes() == before

@@ -221,8 +221,8 @@ class Graph:
         return replace(self, labels={node: text for node, text in both.items() if text})
 
     def with_notes(self, notes: str | PathLike[str] | Mapping[str, Any]) -> Graph:
-        """Take over labels and supernodes that were saved from the page; see `clt_plugin.attribution.notes`."""
-        from clt_plugin.attribution.notes import with_notes
+        """Take over labels and supernodes that were saved from the page; see `clt_plugin.attribution.files.notes`."""
+        from clt_plugin.attribution.files.notes import with_notes
 
         return with_notes(self, notes)
 
@@ -413,14 +413,14 @@ class Graph:
         return result
 
     def to_json(self, path: str | PathLike[str], **options: Any) -> pathlib.Path:
-        """Write Neuronpedia's JSON of the graph, pruned first; see `clt_plugin.attribution.export.to_json`."""
-        from clt_plugin.attribution.export import to_json
+        """Write Neuronpedia's JSON of the graph, pruned first; see `clt_plugin.attribution.files.export.to_json`."""
+        from clt_plugin.attribution.files.export import to_json
 
         return to_json(self, path, **options)
 
     def to_viewer(self, folder: str | PathLike[str], **options: Any) -> pathlib.Path:
-        """Write a folder for circuit-tracer's viewer; see `clt_plugin.attribution.export.to_viewer`."""
-        from clt_plugin.attribution.export import to_viewer
+        """Write a folder for circuit-tracer's viewer; see `clt_plugin.attribution.files.export.to_viewer`."""
+        from clt_plugin.attribution.files.export import to_viewer
 
         return to_viewer(self, folder, **options)
 
@@ -431,14 +431,14 @@ class Graph:
         return write_page(self, path, **options)
 
     def write(self, folder: str | PathLike[str], name: str = "graph", **options: Any) -> list[pathlib.Path]:
-        """Write the graph, its JSON, its page and its scores; see `clt_plugin.attribution.bundle.write`."""
-        from clt_plugin.attribution.bundle import write
+        """Write the graph, its JSON, its page and its scores; see `clt_plugin.attribution.files.bundle.write`."""
+        from clt_plugin.attribution.files.bundle import write
 
         return write(self, folder, name, **options)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Save to one safetensors file, whole or not at all; what is saved is loaded exactly."""
-        from clt_plugin.attribution.storage import save
+        from clt_plugin.attribution.files.storage import save
 
         save(self, path)
 
@@ -449,6 +449,6 @@ class Graph:
         Raises:
             GraphError: The file is damaged, of another release, or of something else.
         """
-        from clt_plugin.attribution.storage import load
+        from clt_plugin.attribution.files.storage import load
 
         return load(path)

@@ -75,12 +75,12 @@ def attribute(
     """
     # Not above: all of this needs transformers, which `import clt_plugin` does not load.
     from clt_plugin.adapters.huggingface import plain_model
-    from clt_plugin.attribution.checks import certify
-    from clt_plugin.attribution.edges import all_edges, chosen_edges
-    from clt_plugin.attribution.local import LocalReplacement
-    from clt_plugin.attribution.readings import Readings
-    from clt_plugin.attribution.resolve import Resolver
-    from clt_plugin.attribution.table import table_of
+    from clt_plugin.attribution.engine.checks import certify
+    from clt_plugin.attribution.engine.edges import all_edges, chosen_edges
+    from clt_plugin.attribution.engine.local import LocalReplacement
+    from clt_plugin.attribution.engine.readings import Readings
+    from clt_plugin.attribution.engine.resolve import Resolver
+    from clt_plugin.attribution.engine.table import table_of
     from clt_plugin.interventions.modes import find_crosscoder, read_prompt
 
     places = _checked(direction, max_n_logits, desired_logit_prob, max_feature_nodes, check_columns, dtype, devices)

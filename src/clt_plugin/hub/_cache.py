@@ -10,11 +10,11 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
+from clt_plugin.core.aside import written_aside
 from clt_plugin.hub._errors import is_commit
 
 LONGEST = 150
@@ -80,16 +80,5 @@ def known_commit(paths: Iterable[Path]) -> str | None:
 
 def keep(path: Path, data: bytes) -> None:
     """Write a small file aside and rename it, so that no other run reads half of it; where that fails, let it be."""
-    aside = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(aside, path)
-    except BaseException as error:
-        if aside is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
-        if not isinstance(error, OSError):
-            raise
+    with contextlib.suppress(OSError), written_aside(path) as aside:
+        aside.write_bytes(data)

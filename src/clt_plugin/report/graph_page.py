@@ -22,10 +22,10 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from clt_plugin.attribution._aside import written_aside
-from clt_plugin.attribution.export import model_slug, pruned_for_view, shown
+from clt_plugin.attribution.files.export import model_slug, pruned_for_view, shown
 from clt_plugin.attribution.graph import Graph, GraphError
 from clt_plugin.attribution.scores import edge_scores
+from clt_plugin.core.aside import written_aside
 
 ASSETS = Path(__file__).parent / "assets"
 SCRIPTS = ("graph_model.js", "graph_drawing.js", "graph_panel.js", "graph_page.js")

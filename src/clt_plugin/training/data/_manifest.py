@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from clt_plugin.core.aside import written_aside
 from clt_plugin.core.wiring import Site
-from clt_plugin.training._aside import written_aside
 from clt_plugin.training.data.activations import Cursor, DataError, digest
 
 NAME = "manifest.json"

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clt_plugin.core.aside import written_aside
 from clt_plugin.core.wiring import Site
-from clt_plugin.training._aside import written_aside
 from clt_plugin.training.data._manifest import NAME, Manifest, Shard
 from clt_plugin.training.data.activations import (
     Activations,

@@ -1,0 +1,1 @@
+"""What a crosscoder does on text: ablation, alignment, gradients, and the feature browser's data."""

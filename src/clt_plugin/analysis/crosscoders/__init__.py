@@ -1,0 +1,1 @@
+"""What latents share over layers and models: norms, rotation, exclusive latents, latent scaling."""

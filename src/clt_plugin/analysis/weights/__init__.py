@@ -1,0 +1,1 @@
+"""What a crosscoder's weights say on their own: scans that stream them, layer pair by layer pair."""

@@ -1,0 +1,1 @@
+"""Beyond the prompt: what features do over a data set."""

@@ -1,0 +1,1 @@
+"""Graphs on disk: our own files, those of other tools, and notes."""
