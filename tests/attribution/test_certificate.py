@@ -16,8 +16,7 @@ from attribution.oracle import clt_of, model_of
 from clt_plugin.adapters._frozen import Frozen
 from clt_plugin.adapters._norms import FreezeError, FrozenNorm
 from clt_plugin.attribution import CertificateError
-from clt_plugin.attribution.engine import direct
-from clt_plugin.attribution.engine import checks, edges, linear, local, sources
+from clt_plugin.attribution.engine import checks, direct, edges, linear, local, sources
 from support.models import FAMILIES, N_LAYERS
 from support.reference import blocks_of
 
