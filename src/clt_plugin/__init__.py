@@ -5,7 +5,7 @@ After ``import clt_plugin``, nnsight's models and TransformerLens's `Transformer
 
 import sys
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clt_plugin.adapters import Handle, add_clt, register
 from clt_plugin.attribution.graph import Graph
@@ -25,6 +25,10 @@ from clt_plugin.core import (
 from clt_plugin.formats import convert, inspect, load
 from clt_plugin.interventions.modes import intervene
 
+if TYPE_CHECKING:
+    from clt_plugin import analysis, training
+    from clt_plugin.training import TrainConfig, train
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -38,17 +42,32 @@ __all__ = [
     "HubError",
     "Site",
     "SparseFeatures",
+    "TrainConfig",
     "Wiring",
     "WiringError",
     "add_clt",
+    "analysis",
     "attribute",
     "convert",
     "inspect",
     "intervene",
     "load",
+    "train",
+    "training",
 ]
 
 register()
+
+
+def __getattr__(name: str) -> Any:
+    """Import what few sessions need when it is asked for: importing the package takes no longer for it."""
+    from importlib import import_module
+
+    if name in ("analysis", "training"):
+        return import_module(f"clt_plugin.{name}")
+    if name in ("TrainConfig", "train"):
+        return getattr(import_module("clt_plugin.training"), name)
+    raise AttributeError(f"module 'clt_plugin' has no attribute {name!r}")
 
 
 class _Package(ModuleType):

@@ -16,18 +16,10 @@ from torch import Tensor
 
 from clt_plugin.core import Activation, BatchTopK, JumpReLU, ReLU, TopK, jumprelu
 
-FOLDS = (1, 2, 4, 8, 16, 32, 64)
+FOLDS = (64, 32, 16, 8, 4, 2)
 """Into how many parts rows may be folded before the largest are looked for: see `top_of_rows`."""
 
 # ---------------------------------------------------------------- the largest of many
-
-
-def kth_largest(values: Tensor, k: int) -> Tensor:
-    """Return the k-th largest along the last axis, (..., 1)."""
-    if values.device.type != "cpu":
-        return values.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-    at = values.shape[-1] - k
-    return torch.from_numpy(np.partition(_array(values), at, axis=-1)[..., at : at + 1]).to(values.dtype)
 
 
 def where(mask: Tensor) -> Tensor:
@@ -38,73 +30,62 @@ def where(mask: Tensor) -> Tensor:
 
 
 def top_of_rows(scores: Tensor, k: int) -> Tensor:
-    """Return the flat indices of each row's k largest, (B * k,), row after row and in no order within.
+    """Return the flat indices of each row's k largest, (B * k,), ascending.
 
     A row is folded into parts that lie on top of each other. The k-th largest of the maxima over parts is a lower bound
     for the k-th largest of the row, and little is above it that is not wanted: among that the k largest are looked for.
 
     Args:
         scores: (B, n).
-        k: At most n. Among equals any may be chosen.
+        k: At most n. Among equals any may be chosen, and what is not a number counts as largest, as in torch.
     """
     n_rows, n = scores.shape
-    parts = _fold(n, 2 * k)
-    if scores.device.type != "cpu" or parts == 1:
-        return _best_of_rows(scores, k)
-    bound = kth_largest(scores.view(n_rows, parts, n // parts).amax(1), k)
-    candidates = where((scores < bound).logical_not_())
-    # As a table, in which shorter rows are filled up with what is never chosen: no row has fewer than k.
-    starts = torch.searchsorted(candidates, torch.arange(0, n_rows * n, n))
-    counts = torch.diff(starts, append=starts.new_tensor([len(candidates)]))
-    place = torch.arange(len(candidates)) - torch.repeat_interleave(starts, counts)
-    width = int(counts.max())
-    place += torch.repeat_interleave(torch.arange(0, n_rows * width, width), counts)
-    table = scores.new_full((n_rows * width,), -torch.inf)
-    table[place] = scores.view(-1).index_select(0, candidates)
-    number = torch.zeros_like(table, dtype=torch.long)
-    number[place] = candidates
-    return number.index_select(0, _best_of_rows(table.view(n_rows, width), k))
-
-
-def _best_of_rows(values: Tensor, k: int) -> Tensor:
-    """Return the flat indices of each row's k largest, (B * k,), row after row."""
-    # "Not less": what is not a number counts as large, as in torch, so that no row has fewer than k.
-    best = (values < kth_largest(values, k)).logical_not_()
-    flat = where(best)
-    if len(flat) == len(values) * k:
-        return flat
-    # Rows with several entries equal to their k-th largest have too many.
-    odd = (best.sum(1) != k).nonzero().squeeze(1)
-    best[odd] = torch.zeros_like(best[odd]).scatter_(1, values[odd].topk(k, dim=1, sorted=False).indices, True)
-    return where(best)
+    parts = next((parts for parts in FOLDS if n // parts >= 2 * k), 1)
+    if scores.device.type == "cpu" and parts > 1:
+        # What is left over where parts don't share a row evenly has no say in the bound.
+        folded = _array(scores[:, : n - n % parts].unflatten(1, (parts, -1)).amax(1))
+        if not np.isnan(folded).any():
+            return torch.from_numpy(_top_above(_array(scores), _kth_largest(folded, k), k))
+    best = scores.topk(k, dim=1, sorted=False).indices.sort(dim=1).values
+    return (best + torch.arange(0, n_rows * n, n, device=scores.device).unsqueeze(1)).view(-1)
 
 
 def top_of_all(scores: Tensor, k: int) -> Tensor:
-    """Return the flat indices of the k largest of all scores together, (k,), ascending.
+    """Return the flat indices of the k largest of all scores together, (k,), ascending: see `top_of_rows`."""
+    return top_of_rows(scores.view(1, -1), k)
 
-    Sorting or flat selection takes ten times as long. The k-th largest of the maxima over parts is a lower bound for
-    the k-th largest of all, and little is above it that is not wanted.
+
+def _top_above(scores: np.ndarray, bound: np.ndarray, k: int) -> np.ndarray:
+    """Return the flat indices of each row's k largest, (B * k,), ascending.
 
     Args:
-        scores: Of any shape.
-        k: At most as many as there are. Among equals any may be chosen.
+        scores: (B, n), all of them numbers.
+        bound: (B, 1), at most the k-th largest of each row.
+        k: How many.
     """
-    flat = scores.view(-1)
-    parts = _fold(len(flat), 5 * k)
-    bound = kth_largest(flat.view(parts, -1).amax(0), k)
-    candidates = where((flat < bound).logical_not_())
-    values = flat.index_select(0, candidates)
-    if flat.device.type == "cpu":
-        at = len(values) - k
-        best = torch.from_numpy(np.sort(np.argpartition(_array(values), at)[at:])) if at else torch.arange(k)
-    else:
-        best = values.topk(k, sorted=False).indices.sort().values
-    return candidates.index_select(0, best)
+    n_rows, n = scores.shape
+    candidates = np.flatnonzero(scores >= bound)
+    values = scores.reshape(-1).take(candidates)
+    starts = np.searchsorted(candidates, np.arange(0, n_rows * n, n))
+    counts = np.diff(starts, append=len(candidates))
+    # As a table, in which shorter rows are filled up with what is never chosen: no row has fewer than k.
+    table = np.full((n_rows, counts.max()), -np.inf, scores.dtype)
+    table[np.arange(table.shape[1]) < counts[:, None]] = values
+    least = np.repeat(_kth_largest(table, k), counts)
+    chosen = values >= least
+    if np.count_nonzero(chosen) > n_rows * k:
+        # Of what equals its row's k-th largest, only the first are taken.
+        above, equal = values > least, values == least
+        before = np.cumsum(equal) - equal
+        before -= np.repeat(before[starts], counts)
+        chosen = above | (equal & (before < np.repeat(k - np.add.reduceat(above, starts, dtype=int), counts)))
+    return candidates.take(np.flatnonzero(chosen))
 
 
-def _fold(n: int, least: int) -> int:
-    """Return into how many equal parts n numbers can be folded so that each part has at least so many of them."""
-    return max((parts for parts in FOLDS if n % parts == 0 and n // parts >= least), default=1)
+def _kth_largest(values: np.ndarray, k: int) -> np.ndarray:
+    """Return the k-th largest of each row, (B, 1)."""
+    at = values.shape[1] - k
+    return np.partition(values, at, axis=1)[:, at : at + 1]
 
 
 def _array(values: Tensor) -> np.ndarray:
