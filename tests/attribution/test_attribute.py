@@ -198,21 +198,21 @@ def test_the_model_is_left_as_it_was(family, direction):
         assert torch.equal(value, weights[name])
 
 
-@pytest.mark.parametrize("make", [nnsight_model, bridge_model])
-@pytest.mark.parametrize("family", ["gpt2", "gemma3", "gpt_neox"])
-def test_either_library_gives_the_plain_models_graph(family, make):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_either_library_gives_the_plain_models_graph(family):
     clt = clt_of("clt", torch.float32)
     plain = cp.attribute(model_of(family, torch.float32), make_tokenizer()(TEXT)["input_ids"], clt=clt)
-    model = make(model_of(family, torch.float32))
-    handle = model.add_clt(clt, mode="observe")
-    graph = cp.attribute(model, TEXT)
-    assert list(graph.nodes["id"]) == list(plain.nodes["id"])
-    assert_close(graph.adjacency, plain.adjacency, rtol=0, atol=1e-5 * float(plain.adjacency.abs().max()))
-    assert graph.info.prompt == TEXT
-    assert graph.info.tokens[1] == "w5"
-    handle.remove()
-    with pytest.raises(AttachError, match="add_clt"):
-        cp.attribute(model, TEXT)
+    for make in (nnsight_model, bridge_model):
+        model = make(model_of(family, torch.float32))
+        handle = model.add_clt(clt, mode="observe")
+        graph = cp.attribute(model, TEXT)
+        assert list(graph.nodes["id"]) == list(plain.nodes["id"])
+        assert_close(graph.adjacency, plain.adjacency, rtol=0, atol=1e-5 * float(plain.adjacency.abs().max()))
+        assert graph.info.prompt == TEXT
+        assert graph.info.tokens[1] == "w5"
+        handle.remove()
+        with pytest.raises(AttachError, match="add_clt"):
+            cp.attribute(model, TEXT)
 
 
 @pytest.mark.parametrize("make", [nnsight_model, bridge_model])

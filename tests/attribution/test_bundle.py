@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 import clt_plugin as cp
 from attribution.graphs import make_graph
 from clt_plugin import demo
-from clt_plugin.attribution import top_examples
+from clt_plugin.attribution import GraphError, top_examples
 from clt_plugin.cli import app
 from clt_plugin.interventions import EditError
 from support.crosscoders import make_clt
@@ -53,6 +54,26 @@ def test_the_command_says_what_is_wrong_in_a_line(tmp_path):
     assert "a target is one token" in found.output
     assert "Traceback" not in found.output
     assert not (tmp_path / "graph").exists()
+
+
+def test_the_page_shows_where_features_are_active_in_given_texts(tmp_path):
+    texts, folder = tmp_path / "texts.jsonl", tmp_path / "graph"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("THE SOFTWARE IS", "granted, free of")))
+    found = run("demo", "demo", "THE SOFTWARE", "-o", str(folder), "-t", " IS", "--texts", str(texts))
+    assert found.exit_code == 0, found.output
+    page = (folder / "graph.html").read_text()
+    assert re.search(r'"top_tokens": \[\[" SOFTWARE", ', page)
+    missing = run("demo", "demo", "THE SOFTWARE", "-o", str(folder), "--texts", str(tmp_path / "nowhere"))
+    assert missing.exit_code == 2
+    assert "there is no file or folder" in missing.output
+
+
+def test_the_command_says_what_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    found = run("demo", "demo", "THE SOFTWARE", "-t", " IS", "-o", str(tmp_path / "file"))
+    assert found.exit_code == 2
+    assert "Traceback" not in found.output
+    assert "clt: " in found.output
 
 
 def test_a_pruned_graph_is_written_as_it_is(tmp_path):
@@ -111,6 +132,10 @@ def test_long_texts_are_cut_and_keep_their_bos():
     assert max(len(known["examples"]) for known in found.values()) == 4  # 150 tokens in pieces of 49 and a BOS
     with pytest.raises(EditError, match="a text is a string"):
         top_examples(model, {0: [1]}, [[0.5, 1.0]], clt=clt, bar=False)
+    for setting, least in (("k", 1), ("n_tokens", 1), ("context", 0)):
+        with pytest.raises(GraphError, match=f"{setting} is a whole number of at least {least}, not -1"):
+            top_examples(model, {0: [1]}, [[5]], clt=clt, bar=False, **{setting: -1})
+    assert top_examples(model, [], [[5]], clt=clt, bar=False) == {}
 
 
 def test_a_graphs_features_are_found_in_the_demo_corpus():

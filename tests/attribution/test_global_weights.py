@@ -299,6 +299,9 @@ def test_what_does_not_fit_is_said_before_anything_runs():
         global_weights(hf, ["w5"], CHOSEN, clt=clt, bar=False)
     with pytest.raises(EditError, match="shape"):
         global_weights(hf, torch.ones(2, 3, 4), CHOSEN, clt=clt, bar=False)
+    for nothing in ([], {}):
+        with pytest.raises(GraphError, match="no features were chosen"):
+            global_weights(hf, IDS, nothing, clt=clt, bar=False)
     result = global_weights(hf, IDS[:1], CHOSEN, clt=clt, bar=False)
     with pytest.raises(GraphError, match="was not chosen"):
         result.sources((0, 4))

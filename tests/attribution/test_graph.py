@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import networkx
 import pandas as pd
@@ -68,6 +69,12 @@ def test_what_is_no_graph_is_refused() -> None:
     twice = graph.nodes.assign(id=["bias", *graph.nodes["id"][1:]])
     with pytest.raises(GraphError, match="two nodes have the id 'bias'"):
         Graph(graph.adjacency, twice, *rest)
+    for settings, words in (
+        ({"labels": {"bias": 3}}, "a label is a text, not 3"),
+        ({"supernodes": {3: ("bias",)}}, "a supernode's name is a text, not 3"),
+    ):
+        with pytest.raises(GraphError, match=words):
+            replace(graph, **settings)
     with pytest.raises(GraphError, match="there is no 'logit'"):
         Graph(graph.adjacency, graph.nodes.replace({"kind": {"target": "logit"}}), *rest)
     with pytest.raises(GraphError, match="there is no node 'x'"):
@@ -175,7 +182,7 @@ def test_paths_are_the_strongest_of_all() -> None:
             every.append((strength, math.prod(math.copysign(1, graph.adjacency[t, s]) for t, s in edges), tuple(way)))
         every.sort(reverse=True)
         assert len(every) >= least
-        for k in (1, 4, len(every) + 3):
+        for k in (1, 4, 10**9):  # memory is of what is found, not of k
             found = graph.paths(start, end, k=k)
             assert [(path.nodes, path.sign) for path in found] == [(way, sign) for _, sign, way in every[:k]]
             assert [path.share for path in found] == pytest.approx([strength for strength, *_ in every[:k]])
@@ -197,6 +204,9 @@ def test_what_paths_refuse() -> None:
         graph.paths("bias", -1)
     with pytest.raises(GraphError, match="1 or more, not 0"):
         graph.paths(0, -1, k=0)
+    for k in (0, -1):
+        with pytest.raises(GraphError, match=f"or None for all, not {k}"):
+            graph.inputs(0, k=k)
 
 
 def test_cumulative_contribution_counts_positive_edges_from_features() -> None:

@@ -164,6 +164,12 @@ def test_what_cannot_be_shown_is_refused_and_leaves_nothing(tmp_path: Path) -> N
     cases: list[tuple[Graph, dict[str, Any], str]] = [
         (graph, {"pinned": ["x"]}, "no node 'x'"),
         (replace(graph, adjacency=endless), {}, "not finite"),
+        (graph, {"feature_info": [first]}, "is a mapping by id"),
+        (graph, {"feature_info": {first: ["a"]}}, "is a mapping with 'top_tokens'"),
+        (graph, {"feature_info": {first: {"top_tokens": "abc"}}}, "top_tokens are several, in a list, not str"),
+        (graph, {"feature_info": {first: {"top_tokens": [1]}}}, "pair of text and number"),
+        (graph, {"feature_info": {first: {"top_tokens": [("a", "b")]}}}, "pair of text and number"),
+        (graph, {"feature_info": {first: {"examples": [{"tokens": ["a"]}]}}}, "as many activations"),
         (graph, {"feature_info": {first: {"top_tokens": [("a", 1, 2)]}}}, "pair of text and number"),
         (graph, {"feature_info": {first: {"examples": [{"tokens": ["a"], "activations": []}]}}}, "as many activations"),
     ]

@@ -7,13 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import clt_plugin as cp
 from clt_plugin import AttachError
 from clt_plugin.attribution import GraphError, difference, direction, feature, logit
 from clt_plugin.interventions import EditError
 from support.crosscoders import make_clt
-from support.models import D_MODEL, make_model, nnsight_model
+from support.models import CONFIGS, D_MODEL, make_model, nnsight_model
 
 IDS = [0, 5, 17, 33, 60]
 
@@ -80,6 +81,22 @@ def test_crosscoders(hf):
         cp.attribute(hf, IDS)
     with pytest.raises(GraphError, match="a selection of layers or features"):
         cp.attribute(hf, IDS, clt=make_clt().select(features={0: [1, 2]}))
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification"])
+def test_heads_for_something_else(head):
+    config = CONFIGS["llama"]()
+    model = getattr(transformers, f"LlamaFor{head}")(config).eval()
+    with pytest.raises(GraphError, match=f"this LlamaFor{head} has a head .*: load the model as a causal language"):
+        cp.attribute(model, IDS, clt=make_clt())
+
+
+def test_layers_that_round_what_they_read():
+    model = make_model("llama")
+    weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(GraphError, match=r"quantised to int8 \(model\.layers\.1\.mlp\.up_proj\).*; load"):
+        cp.attribute(model, IDS, clt=make_clt())
 
 
 def test_padding_is_refused():

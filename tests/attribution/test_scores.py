@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
+import clt_plugin as cp
 from attribution.graphs import drawn, make_graph, node
+from attribution.oracle import clt_of, exact, model_of
 from clt_plugin.attribution.graph import Graph, GraphError
-from clt_plugin.attribution.scores import cumulative_share, largest
+from clt_plugin.attribution.scores import cumulative_share, in_order, largest, least_kept
 
 SHAPES = [{"seed": 0}, {"seed": 1, "density": 0.3}, {"seed": 2, "bias": False, "n_layers": 5, "n_features": 1}]
 
@@ -44,6 +46,18 @@ def test_influence_is_the_dense_inverse(shape: dict[str, float]) -> None:
     torch.testing.assert_close(graph.edge_scores(), edges, atol=1e-12, rtol=1e-12)
     # What leaves a node by its edges is what influence arrived at it.
     torch.testing.assert_close(graph.edge_scores().sum(0), found, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("clt", ["a sum", "two reads"])
+def test_traced_graphs_are_read_in_their_own_order(clt: str) -> None:
+    # Groups that share a layer or read several sites.
+    hf = model_of("gpt2")
+    with exact(hf):
+        graph = cp.attribute(hf, [0, 5, 17, 33], clt=clt_of(clt))
+    shares, eye = ahat(graph), torch.eye(len(graph), dtype=torch.float64)
+    expected = weights(graph) @ (torch.linalg.inv(eye - shares) - eye)
+    torch.testing.assert_close(graph.influence(), expected, atol=1e-14, rtol=1e-12)
+    assert in_order(graph).tolist() == graph.of_kind("feature", "target").nonzero().flatten().tolist()
 
 
 def test_influence_does_not_depend_on_how_rows_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,6 +168,29 @@ def test_equal_scores_share_their_fate() -> None:
     assert cumulative_share(scores).tolist() == [1, 0.75, 1, 0.75, 1, 0.75, 1]
     assert cumulative_share(torch.zeros(3)).tolist() == [1, 1, 1]
     assert not largest(torch.zeros(3), 0.8).any()
+    # A share that is reached exactly needs no more.
+    assert largest(torch.tensor([1.9375, 1.03125, 1.0, 0.03125]), 2.96875 / 4).tolist() == [True, True, False, False]
+
+
+def test_features_that_lose_their_input_go_one_after_another() -> None:
+    chain = [node("feature", layer, 1, group=str(layer), feature=5) for layer in range(3)]
+    edges = {("0_5_1", "1_5_1"): 1.0, ("1_5_1", "2_5_1"): 1.0, ("2_5_1", "4_7_3"): 1.0, ("E_2_1", "4_7_3"): 1.0}
+    graph = drawn([*chain, EMBEDDING, LOGIT], edges)  # nothing enters the first
+    assert graph.prune(1.0, 1.0).nodes["id"].tolist() == ["E_2_1", "4_7_3"]
+
+
+def test_what_is_kept_is_what_sorting_keeps() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.1, 30.0):  # within an octave or two, and over hundreds
+        scores = torch.exp2(scale * torch.randn(40, 50, generator=generator, dtype=torch.float64))
+        scores *= torch.rand(40, 50, generator=generator) < 0.7
+        falling = scores.flatten().sort(descending=True).values
+        held = torch.cat([falling.new_zeros(1), falling.cumsum(0)[:-1]])
+        for threshold in (1e-12, 0.3, 0.8, 0.98, 1 - 1e-9):
+            least = falling[held < threshold * falling.sum()][-1]
+            assert torch.equal(largest(scores, threshold), scores >= least)
+            parts = scores.split([1, 20, 0, 19])
+            assert least_kept(lambda parts=parts: parts, threshold) == float(least)
 
 
 LOGIT = node("target", 3, 3, token=" Austin", token_id=7, weight=0.5)

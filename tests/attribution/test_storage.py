@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from attribution.graphs import make_certificate, make_graph
@@ -102,11 +102,43 @@ def test_what_is_no_whole_graph_is_refused(tmp_path: Path) -> None:
         {"strings": data["strings"] | {"id": data["strings"]["id"][1:]}},
     ):
         path.write_bytes(whole)
-        rewritten(path, graph=json.dumps(data | change))
+        rewritten(path, graph=json.dumps(data | change), sha256=None)
         with pytest.raises(GraphError, match=r"does not hold a whole graph \(.*\): save it again"):
             Graph.load(path)
     with pytest.raises(FileNotFoundError, match=r"there is no graph .*nowhere"):
         Graph.load(tmp_path / "nowhere")
+
+
+def test_a_changed_byte_is_refused(tmp_path: Path) -> None:
+    graph, path = make_graph(seed=1), tmp_path / "g.safetensors"
+    graph.save(path)
+    whole = path.read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for place in torch.randint(8, len(whole), (60,), generator=generator).tolist():
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(GraphError):
+            Graph.load(path)
+    # The least bit of an edge, which no sum of rows would show.
+    at = whole.index(graph.adjacency[graph.adjacency != 0][0].numpy().tobytes())
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    with pytest.raises(GraphError, match=r"g\.safetensors is damaged: what it holds is not what was saved; save the"):
+        Graph.load(path)
+    path.write_bytes(whole)
+    rewritten(path, sha256=None)  # as the first releases wrote it
+    assert torch.equal(Graph.load(path).adjacency, graph.adjacency)
+
+
+def test_what_cannot_be_written_is_said_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder: give the path of a file"):
+        make_graph().save(tmp_path)
+
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=r"could not be written to .*g\.safetensors \(I/O .*: see that there is room"):
+        make_graph().save(tmp_path / "g.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 def safe_open_of(data: bytes, path: Path) -> safe_open:

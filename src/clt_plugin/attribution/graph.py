@@ -1,7 +1,8 @@
 """The attribution graph: a table of nodes and a matrix of edges.
 
 Canonical shapes: ``adjacency`` is (N, N), row = target, column = source. Nodes come in this order: features by (layer,
-position, latent), errors by (layer, position), embeddings by position, the bias node, targets (logits by probability).
+group, position, latent), where a layer has one group of latents as a rule; errors by (layer, position), embeddings by
+position, the bias node, targets (logits by probability).
 """
 
 from __future__ import annotations
@@ -53,6 +54,9 @@ COLUMNS: dict[str, type] = {
 DTYPES: dict[type, str] = {str: "str", int: "int64", float: "float64"}
 """How pandas calls them."""
 
+ROWS = 64
+"""So many rows of a graph are copied at a time."""
+
 
 class GraphError(ValueError):
     """A question that a graph cannot answer, or a file that holds none."""
@@ -68,7 +72,7 @@ class GraphInfo:
         token_ids: Their ids.
         n_layers: Of the model.
         model_name: The model's name, or "".
-        crosscoder: What the crosscoder is, in a line.
+        crosscoder: What the crosscoder is, in a short line.
         source: Where the crosscoder came from (its reference), or "".
         settings: Those of `attribute`, such as ``max_n_logits``, ``max_feature_nodes``, ``zero_bos``.
         pruning: Those of `prune`, where the graph was pruned, else empty.
@@ -124,8 +128,6 @@ class Graph:
             raise GraphError(f"the table of nodes lacks {', '.join(missing)}")
         # One form for all, whatever the table was made from: what is saved is then what is loaded.
         nodes = self.nodes.reset_index(drop=True)
-        # Not above: `import clt_plugin` does not wait for it.
-
         others = {name: kind for name, kind in COLUMNS.items() if str(nodes[name].dtype) != DTYPES[kind]}
         object.__setattr__(self, "nodes", nodes.astype(others) if others else nodes)
         if not self.nodes["id"].is_unique:
@@ -134,6 +136,11 @@ class Graph:
         strange = self.nodes["kind"][~self.nodes["kind"].isin(KINDS)]
         if len(strange):
             raise GraphError(f"nodes are of the kinds {', '.join(KINDS)}: there is no {strange.iloc[0]!r}")
+        texts = {"a label": self.labels.values(), "a supernode's name": self.supernodes}
+        for what, given in texts.items():
+            for text in given:
+                if not isinstance(text, str):
+                    raise GraphError(f"{what} is a text, not {text!r}")
         for node in (*self.labels, *(node for members in self.supernodes.values() for node in members)):
             self.index(node)
 
@@ -257,7 +264,7 @@ class Graph:
 
     # ---------------------------------------------------------------- parts
 
-    def select(self, keep: Any) -> Graph:
+    def select(self, keep: Any, edges: Tensor | None = None) -> Graph:
         """Return the graph of some nodes and the edges between them, in the same order.
 
         Labels and supernodes are narrowed to them; the edges left out are added to ``omitted``; the certificate
@@ -265,18 +272,33 @@ class Graph:
 
         Args:
             keep: A mask over all nodes (N,), or nodes by id or by place.
+            edges: If given, only these edges stay: a mask (N, N), over all nodes.
         """
-        mask = self._mask(keep)
-        rows = self.adjacency[mask.to(self.adjacency.device)]
+        mask, whole = self._mask(keep), self.adjacency
+        if edges is not None and tuple(edges.shape) != tuple(whole.shape):
+            raise GraphError(f"edges have a mask of {tuple(whole.shape)}, not {tuple(edges.shape)}")
+        here, gone = (places.nonzero().flatten().to(whole.device) for places in (mask, ~mask))
+        adjacency = whole.new_empty(len(here), len(here))
+        omitted = []
+        # Some rows at a time: no copy is made of what is left out.
+        for some, into in zip(here.split(ROWS), adjacency.split(ROWS), strict=True):
+            rows = whole.index_select(0, some)
+            left_out = rows.index_select(1, gone).double().sum(1)
+            if edges is not None:
+                stay = edges.to(whole.device).index_select(0, some).index_fill_(1, gone, True)
+                left_out += rows.masked_fill(stay, 0).double().sum(1)
+                rows.masked_fill_(stay.logical_not_(), 0)
+            into.copy_(rows.index_select(1, here))
+            omitted.append(left_out.cpu())
         nodes = self.nodes[mask.numpy()].copy()
-        nodes["omitted"] += rows[:, ~mask].double().sum(1).cpu().numpy()
+        nodes["omitted"] += torch.cat(omitted).numpy()
         kept = set(nodes["id"])
         supernodes = {
             name: tuple(each for each in members if each in kept) for name, members in self.supernodes.items()
         }
         return replace(
             self,
-            adjacency=rows[:, mask],
+            adjacency=adjacency,
             nodes=nodes,
             labels={node: text for node, text in self.labels.items() if node in kept},
             supernodes={name: members for name, members in supernodes.items() if members},
@@ -284,11 +306,7 @@ class Graph:
 
     def select_edges(self, keep: Tensor) -> Graph:
         """Return the graph with some of its edges, a mask (N, N); the others' weights are added to ``omitted``."""
-        if tuple(keep.shape) != tuple(self.adjacency.shape):
-            raise GraphError(f"edges have a mask of {tuple(self.adjacency.shape)}, not {tuple(keep.shape)}")
-        left_out = self.adjacency.masked_fill(keep, 0).double().sum(1).cpu().numpy()
-        nodes = self.nodes.assign(omitted=self.nodes["omitted"] + left_out)
-        return replace(self, adjacency=self.adjacency.masked_fill(~keep, 0), nodes=nodes)
+        return self.select(torch.ones(len(self), dtype=torch.bool), keep)
 
     def subgraph(self, targets: Any, sources: Any = None) -> Graph:
         """Return the part of the graph through which nodes act on others.

@@ -7,17 +7,19 @@ influence on that target alone.
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from clt_plugin.attribution.graph import Graph, GraphError
-from clt_plugin.attribution.scores import backwards, blocks, shares, target_weights
+from clt_plugin.attribution.scores import blocks, in_order, shares, target_weights
 
 EDGES = ("circuit", "target")
 """Over which edges contributions are counted."""
@@ -32,11 +34,11 @@ def reached(graph: Graph, nodes: Tensor, forwards: bool = False) -> Tensor:
         forwards: Return those to which edges lead instead.
     """
     linked = (graph.adjacency != 0).cpu()
-    seen, last = nodes.clone(), nodes
-    while last.any():
-        found = linked[:, last].any(1) if forwards else linked[last].any(0)
-        last = found & ~seen
-        seen |= last
+    seen, last = nodes.clone(), nodes.nonzero().flatten()
+    while len(last):
+        found = linked.index_select(1, last).any(1) if forwards else linked.index_select(0, last).any(0)
+        last = (found & ~seen).nonzero().flatten()
+        seen |= found
     return seen
 
 
@@ -56,6 +58,8 @@ def neighbours(graph: Graph, node: int | str, k: int | None = 10, *, outputs: bo
         One row a neighbour: its ``id``, ``label``, ``kind``, ``layer`` and ``position``, the edge's ``weight``, and its
         ``share`` in the absolute sum of the edges into the same target; nan for the bias, which is outside of it.
     """
+    if k is not None and k < 1:
+        raise GraphError(f"k is the number of neighbours to return, 1 or more, or None for all, not {k}")
     place = graph.index(node)
     weights = (graph.adjacency[:, place] if outputs else graph.adjacency[place]).to("cpu", torch.float64)
     order = weights.abs().argsort(descending=True, stable=True)
@@ -103,8 +107,9 @@ class Path:
 def paths(graph: Graph, source: int | str, target: int | str, k: int = 10) -> list[Path]:
     """Return the k strongest paths from one node to another, strongest first; fewer where there are fewer.
 
-    They are found exactly, with the k best paths to each node on the way (a node is one of the k best to go through
-    only if its own best path is).
+    They are found exactly, one after another: the next best path to a node follows from the next best ones to the
+    nodes before it, each looked for once it is needed (Jimenez and Marzal 1999, "Computing the k shortest paths: a new
+    algorithm and an experimental comparison"). So memory grows with the paths found, not with all nodes times k.
 
     Args:
         graph: The graph.
@@ -119,36 +124,88 @@ def paths(graph: Graph, source: int | str, target: int | str, k: int = 10) -> li
         raise GraphError("no path starts at the bias: it stands outside the shares by which paths are measured")
     if k < 1:
         raise GraphError(f"k is the number of paths to find, 1 or more, not {k}")
+    ways = _ways(graph, start, end, k)
+    ids, label = graph.nodes["id"].tolist(), cache(graph.label)
+    found = []
+    for rank in range(k):
+        if end not in ways or ways[end].strength(rank) is None:
+            break
+        share, places = ways[end].found[rank].strength, [end]
+        while places[-1] != start:
+            step = ways[places[-1]].found[rank]
+            rank = step.rank
+            places.append(step.before)
+        places.reverse()
+        weights = tuple(float(graph.adjacency[t, s]) for s, t in itertools.pairwise(places))
+        found.append(Path(tuple(ids[i] for i in places), tuple(map(label, places)), weights, share))
+    return found
+
+
+def _ways(graph: Graph, start: int, end: int, k: int) -> dict[int, _Ways]:
+    """Return the ways to each node between two nodes, by its place; of each only the k best nodes before it."""
     one = torch.eye(len(graph), dtype=torch.bool)
     between = reached(graph, one[end]) & reached(graph, one[start], forwards=True)
-    best = torch.zeros(len(graph), k, dtype=torch.float64)
-    best[start, 0] = 1
-    through = torch.zeros(len(graph), k, 2, dtype=torch.int64)  # the node before, and which of its paths
+    best = torch.zeros(len(graph), dtype=torch.float64)
+    best[start] = 1
+    ways: dict[int, _Ways] = {}
+    ways[start] = _Ways(ways, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.float64))
+    ways[start].found.append(_Step(1.0, -1, 0))
     between[start] = False
-    order = [some[between[some]] for some, _ in backwards(graph)]
-    for level in reversed(order):
-        for some, rows in blocks(graph, level):
-            best[some], through[some] = _extend(shares(rows), best)
-    return [_path(graph, through, start, end, rank, share) for rank, share in enumerate(best[end].tolist()) if share]
+    order = in_order(graph)
+    for some, rows in blocks(graph, order[between[order]]):
+        for place, row in zip(some.tolist(), shares(rows), strict=True):
+            strengths, before = (row * best).topk(min(k, len(row)))
+            before = before[strengths > 0]
+            if len(before):
+                best[place] = strengths[0]
+                ways[place] = _Ways(ways, before, row[before])
+    return ways
 
 
-def _extend(rows: Tensor, best: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the k best paths to each row's node, (n, k), and by which node and which of its paths, (n, k, 2)."""
-    k = best.shape[1]
-    edges, before = rows.mul(best[:, 0]).topk(min(k, len(best)), dim=1)
-    edges = rows.gather(1, before)
-    strengths, flat = (edges[:, :, None] * best[before]).flatten(1).topk(k, dim=1)
-    return strengths, torch.stack([before.gather(1, flat // k), flat % k], dim=-1)
+class _Step(NamedTuple):
+    """The last step of a path: its strength, the node before it, and which of the paths to that it goes on from."""
+
+    strength: float
+    before: int
+    rank: int
 
 
-def _path(graph: Graph, through: Tensor, start: int, end: int, rank: int, share: float) -> Path:
-    places = [end]
-    while places[-1] != start:
-        before, rank = through[places[-1], rank].tolist()
-        places.append(before)
-    places.reverse()
-    weights = tuple(float(graph.adjacency[t, s]) for s, t in itertools.pairwise(places))
-    return Path(tuple(graph.nodes["id"].iloc[places]), tuple(map(graph.label, places)), weights, share)
+class _Ways:
+    """The paths to one node, strongest first, found as they are asked for.
+
+    Args:
+        ways: Those to all nodes.
+        before: The nodes before it, in the order of the best path through each, (n,).
+        edges: The shares of the edges from these, (n,).
+    """
+
+    def __init__(self, ways: dict[int, _Ways], before: Tensor, edges: Tensor) -> None:
+        self.ways, self.before, self.edges = ways, before, edges
+        self.found: list[_Step] = []
+        self.open: list[tuple[float, int, int]] = []  # (less its strength, which node before, which path to it)
+        self.last = (-1, 0)  # which of these was found last
+
+    def strength(self, rank: int) -> float | None:
+        """Return the strength of a path by its rank, from 0; None where there are not as many."""
+        while len(self.found) <= rank:
+            self._open_next()
+            if not self.open:
+                return None
+            negative, place, through = heapq.heappop(self.open)
+            self.last = place, through
+            self.found.append(_Step(-negative, int(self.before[place]), through))
+        return self.found[rank].strength
+
+    def _open_next(self) -> None:
+        """Open what may follow the path found last: the next through the same node, the first through the next."""
+        place, through = self.last
+        self.last = len(self.before), 1
+        for candidate in [(place, through + 1)] * (place >= 0) + [(place + 1, 0)] * (through == 0):
+            if candidate[0] < len(self.before):
+                share = self.ways[int(self.before[candidate[0]])].strength(candidate[1])
+                strength = 0.0 if share is None else float(self.edges[candidate[0]]) * share
+                if strength > 0:
+                    heapq.heappush(self.open, (-strength, *candidate))
 
 
 # ---------------------------------------------------------------- what first layers do

@@ -75,6 +75,7 @@ def attribute(
     """
     # Not above: all of this needs transformers, which `import clt_plugin` does not load.
     from clt_plugin.adapters.huggingface import plain_model
+    from clt_plugin.attribution._given import check_host, in_short
     from clt_plugin.attribution.engine.checks import certify
     from clt_plugin.attribution.engine.edges import all_edges, chosen_edges
     from clt_plugin.attribution.engine.local import LocalReplacement
@@ -102,6 +103,7 @@ def attribute(
     # What runs around this call must not change what is computed in it.
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     with plain_model(model) as hf, torch.no_grad(), torch.autocast(device_type, enabled=False):
+        check_host(hf)
         local = LocalReplacement.of(hf, crosscoder, inputs, zero_bos=zero_bos, sites_for=asked or (), dtype=dtype)
         resolver = Resolver(local.frozen, crosscoder, local.sources.features, tokenizer)
         resolved = resolver.resolve(resolver.top_logits(max_n_logits, desired_logit_prob) if asked is None else asked)
@@ -125,7 +127,7 @@ def attribute(
         token_ids=ids,
         n_layers=local.frozen.n_layers,
         model_name=local.frozen.host.name,
-        crosscoder=repr(crosscoder),
+        crosscoder=in_short(crosscoder),
         source=str(crosscoder.metadata.get("source", "")),
         settings=settings,
     )

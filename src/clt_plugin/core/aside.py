@@ -19,8 +19,13 @@ def written_aside(path: str | PathLike[str]) -> Iterator[Path]:
 
     Yields:
         Where to write. If the block raises, that file is removed and whatever was at `path` is as before.
+
+    Raises:
+        OSError: Nothing can be written there, such as where `path` is a folder.
     """
     final = Path(path)
+    if final.is_dir():
+        raise IsADirectoryError(f"{final} is a folder: give the path of a file to write, such as one in it")
     final.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=final.parent, prefix=f".{final.name}.")
     os.close(handle)

@@ -13,7 +13,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -201,27 +201,52 @@ def _own_name(graph: Graph, place: int) -> str:
 
 def _known(feature_info: Mapping[str, Mapping[str, Any]], nodes: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what is known of the page's features, after a look at its form."""
+    if not isinstance(feature_info, Mapping):
+        raise GraphError(f"feature_info is a mapping by id or {{group}}_{{latent}}, not {type(feature_info).__name__}")
     keys = {key for node in nodes for key in (node["id"], f"{node['group']}_{node['feature']}")}
     known = {}
     for key, info in feature_info.items():
         if key not in keys:
             continue
-        tokens, examples = list(info.get("top_tokens", [])), list(info.get("examples", []))
-        if not all(isinstance(token, str) or len(token) == 2 for token in tokens):
-            raise GraphError(f"feature_info of {key!r}: a top token is a text, or a pair of text and number")
+        where = f"feature_info of {key!r}"
+        if not isinstance(info, Mapping):
+            raise GraphError(f"{where} is a mapping with 'top_tokens' and 'examples', not {type(info).__name__}")
         known[key] = {
-            "top_tokens": [token if isinstance(token, str) else [token[0], _rounded(token[1])] for token in tokens],
-            "examples": [_example(key, example) for example in examples],
+            "top_tokens": [_top_token(where, token) for token in _several(where, info, "top_tokens")],
+            "examples": [_example(where, example) for example in _several(where, info, "examples")],
         }
     return known
 
 
-def _example(key: str, example: Any) -> Any:
+def _several(where: str, info: Mapping[str, Any], name: str) -> list[Any]:
+    found = info.get(name, [])
+    if isinstance(found, str) or not isinstance(found, Iterable):
+        raise GraphError(f"{where}: {name} are several, in a list, not {type(found).__name__}")
+    return list(found)
+
+
+def _top_token(where: str, token: Any) -> Any:
+    if isinstance(token, str):
+        return token
+    if not isinstance(token, list | tuple) or len(token) != 2 or not _fits(token[:1], token[1:]):
+        raise GraphError(f"{where}: a top token is a text, or a pair of text and number")
+    return [token[0], _rounded(float(token[1]))]
+
+
+def _example(where: str, example: Any) -> Any:
     if isinstance(example, str):
         return example
-    if not isinstance(example, Mapping) or len(example["tokens"]) != len(example["activations"]):
-        raise GraphError(f"feature_info of {key!r}: an example is a text, or has tokens and as many activations")
-    return {"tokens": list(example["tokens"]), "activations": [_rounded(float(a)) for a in example["activations"]]}
+    named = isinstance(example, Mapping) and {"tokens", "activations"} <= set(example)
+    tokens, numbers = (_several(where, example, name) if named else [] for name in ("tokens", "activations"))
+    if not named or not _fits(tokens, numbers):
+        raise GraphError(f"{where}: an example is a text, or has tokens and as many activations")
+    return {"tokens": tokens, "activations": [_rounded(float(a)) for a in numbers]}
+
+
+def _fits(tokens: Sequence[Any], numbers: Sequence[Any]) -> bool:
+    """Return whether there are as many texts as numbers."""
+    texts = all(isinstance(token, str) for token in tokens)
+    return texts and len(tokens) == len(numbers) and all(hasattr(number, "__float__") for number in numbers)
 
 
 def _certificate(graph: Graph) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _pieces(tokenizer: Any, text: Any, max_tokens: int) -> Iterator[Tensor]:
 
 
 def members_of(crosscoder: Crosscoder, features: Any) -> tuple[tuple[str, int], ...]:
-    """Return (label, latent) of every feature asked for, and refuse those that are not there."""
+    """Return (label, latent) of every feature asked for, none of none, and refuse those that are not there."""
     from clt_plugin.interventions._edit import check_features
     from clt_plugin.interventions.edits import EditError, Supernode
 
@@ -153,6 +153,8 @@ def members_of(crosscoder: Crosscoder, features: Any) -> tuple[tuple[str, int], 
                 raise EditError(f"features are {{layer: features}} or (layer, feature) pairs, not {pair!r}")
             by_layer.setdefault(pair[0], []).append(pair[1])
         features = by_layer
+    if not features:
+        return ()
     group = features if isinstance(features, Supernode) else Supernode.of(None, features)
     for label, latents in group.members:
         check_features(crosscoder, label, latents)

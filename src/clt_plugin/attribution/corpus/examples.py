@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clt_plugin.adapters._run import group_labels
 from clt_plugin.attribution.corpus._stream import Seen, members_of, stream
-from clt_plugin.attribution.graph import Graph
+from clt_plugin.attribution.graph import Graph, GraphError
 
 
 def top_examples(
@@ -52,17 +52,21 @@ def top_examples(
 
     Raises:
         EditError: There are no such features, or a text is of another kind.
+        GraphError: A setting cannot be.
         AttachError: The crosscoder does not fit the model.
     """
     from clt_plugin.adapters.huggingface import check_fits, plain_model
     from clt_plugin.interventions.modes import find_crosscoder
 
+    for setting, value, least in (("k", k, 1), ("n_tokens", n_tokens, 1), ("context", context, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise GraphError(f"{setting} is a whole number of at least {least}, not {value!r}")
     crosscoder = find_crosscoder(model, clt, name, None, mode="replace")
     assert crosscoder is not None
     if isinstance(features, Graph):
         rows = features.nodes[features.nodes["kind"] == "feature"]
         features = list(dict.fromkeys(zip(rows["group"], rows["feature"].tolist(), strict=True)))
-    members = members_of(crosscoder, features) if features else ()
+    members = members_of(crosscoder, features)
     best = [_Best(k, n_tokens, context) for _ in members]
     numbers = {label: number for number, label in enumerate(group_labels(crosscoder.wiring))}
     with plain_model(model) as hf, torch.no_grad():

@@ -246,6 +246,7 @@ def global_weights(
 
     Raises:
         EditError: There are no such features, or a text is of another kind.
+        GraphError: No feature was chosen, or a setting cannot be.
         AttachError: The crosscoder does not fit the model, or adds nothing to the residual stream.
     """
     from clt_plugin.adapters.huggingface import check_fits, plain_model
@@ -256,6 +257,8 @@ def global_weights(
     crosscoder = find_crosscoder(model, clt, name, None, mode="replace")
     assert crosscoder is not None
     members = members_of(crosscoder, features)
+    if not members:
+        raise GraphError("no features were chosen: name one at least, such as {3: [811]}")
     chosen = _chosen(crosscoder, members)
     # Before the texts: what does not fit is to be said now.
     with plain_model(model) as hf:

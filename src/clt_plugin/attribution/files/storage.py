@@ -1,12 +1,15 @@
 """A graph as one safetensors file: numbers as tensors, all else as JSON in the header; nothing is ever unpickled.
 
-The header's metadata are ``format``, ``schema_version`` and ``graph``: JSON with the names of the table's columns in
+The header's metadata are ``format``, ``schema_version``, ``graph``: JSON with the names of the table's columns in
 order (``columns``), those of strings with their values (``strings``), ``info``, ``certificate``, ``labels`` and
-``supernodes``. The tensors are ``adjacency`` (N, N) and, for each column of numbers, ``nodes.{column}`` (N,).
+``supernodes``; and ``sha256``, the digest of ``graph`` and of all tensors, without which what changed on the way, an
+edge or a label, would pass under the certificate of the whole. The tensors are ``adjacency`` (N, N) and, for each
+column of numbers, ``nodes.{column}`` (N,).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import fields
@@ -25,11 +28,18 @@ SCHEMA_VERSION = 1
 
 
 def save(graph: Graph, path: str | PathLike[str]) -> None:
-    """Write a graph to a file, whole or not at all: one that is there is replaced once the new one is written."""
+    """Write a graph to a file, whole or not at all: one that is there is replaced once the new one is written.
+
+    Raises:
+        OSError: It cannot be written there: the disk is full, or the path is a folder, or not yours to write.
+        GraphError: The graph's info or table holds something else than plain data.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     strings = {name: column.tolist() for name, column in graph.nodes.items() if not _is_number(column)}
-    tensors = {
+    tensors = {"adjacency": graph.adjacency.detach().cpu().contiguous()}
+    tensors |= {
         f"nodes.{name}": torch.tensor(column.to_numpy()) for name, column in graph.nodes.items() if name not in strings
     }
     data = {
@@ -40,12 +50,21 @@ def save(graph: Graph, path: str | PathLike[str]) -> None:
         "labels": dict(graph.labels),
         "supernodes": dict(graph.supernodes),
     }
-    metadata = {"format": FORMAT, "schema_version": str(SCHEMA_VERSION), "graph": _json(data)}
+    text = _json(data)
+    metadata = {
+        "format": FORMAT,
+        "schema_version": str(SCHEMA_VERSION),
+        "graph": text,
+        "sha256": _digest(text, tensors),
+    }
     with written_aside(path) as aside:
-        save_file({"adjacency": graph.adjacency.detach().cpu().contiguous(), **tensors}, aside, metadata)
-        # On the disk before it takes the other's place.
-        with open(aside, "rb+") as file:
-            os.fsync(file.fileno())
+        try:
+            save_file(tensors, aside, metadata)
+        except SafetensorError as error:  # which a full disk gives too
+            raise OSError(
+                f"the graph could not be written to {os.fspath(path)} ({error}): see that there is room, or save it "
+                "elsewhere"
+            ) from error
 
 
 def load(path: str | PathLike[str]) -> Graph:
@@ -77,6 +96,12 @@ def load(path: str | PathLike[str]) -> Graph:
             f"{name} has schema version {metadata.get('schema_version')!r}; this release reads version "
             f"{SCHEMA_VERSION}: update clt_plugin, or save the graph again with the release that wrote it"
         )
+    # Files of the first releases have no digest.
+    if "sha256" in metadata and metadata["sha256"] != _digest(metadata.get("graph", ""), tensors):
+        raise GraphError(
+            f"{name} is damaged: what it holds is not what was saved; save the graph again with graph.save, or copy it "
+            "again from where it is whole"
+        )
     try:
         return _graph(json.loads(metadata["graph"]), tensors)
     except (KeyError, TypeError, ValueError) as error:
@@ -96,6 +121,15 @@ def _graph(data: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Graph:
         data["labels"],
         {name: tuple(members) for name, members in data["supernodes"].items()},
     )
+
+
+def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _is_number(column: pd.Series) -> bool:
