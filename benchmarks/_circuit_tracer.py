@@ -6,48 +6,26 @@ import argparse
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 
+import _peers
 import torch
+from _peers import PEERS
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
-PEERS = Path(__file__).parent / "peers"
-PINS = PEERS / "circuit-tracer.txt"
 COMMIT = "0" * 40
 
 
 def add_environment(parser: argparse.ArgumentParser) -> None:
     """Add the option that says where circuit-tracer is."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    default = cache / "clt_plugin" / "peers" / "circuit-tracer"
-    where = "where circuit-tracer is, or is installed; by default a folder in the user's cache"
-    parser.add_argument("--environment", type=Path, default=default, help=where)
+    _peers.add_environment(parser, "circuit-tracer")
 
 
 def environment(folder: Path, console: Console) -> Path:
     """Return the interpreter of circuit-tracer's environment, made if it is missing or of other versions."""
-    folder = folder.absolute()
-    python, ready = folder / "bin" / "python", folder / "pins"
-    if python.exists() and ready.exists() and ready.read_text() == PINS.read_text():
-        return python
-    console.print(f"Installing circuit-tracer in {folder} ...")
-    torch_pin = next(line for line in PINS.read_text().splitlines() if line.startswith("torch=="))
-    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    # torch by itself first, as in the Makefile.
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [*pip, torch_pin],
-        [*pip, "--requirement", str(PINS)],
-        [str(python), "-m", "pip", "check"],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            raise SystemExit(f"{' '.join(command)}\n{result.stdout}{result.stderr}")
-    ready.write_text(PINS.read_text())
-    return python
+    return _peers.environment("circuit-tracer", folder, console)
 
 
 def snapshot(name: str, hub: Path) -> Path:

@@ -3,6 +3,7 @@
     python benchmarks/training.py
     python benchmarks/training.py --growth
     python benchmarks/training.py --crossover
+    python benchmarks/training.py --peer
 
 Five cases in float32, by default on two threads: a CLT of 6 layers, d 256 and 2,048 latents a layer, 50 of them active
 a token and layer, with TopK, JumpReLU (and its tanh penalty) and BatchTopK, per-layer transcoders likewise, and a
@@ -18,7 +19,12 @@ Peak memory is how far a fresh process's resident memory grows during a step bey
 state, which are all there before it.
 
 ``--growth`` varies layers, latents and batch. ``--crossover`` varies how many latents are active: the ground for
-`SPARSE_BELOW` in training/sparse.py. Wall time needs an idle machine; ratios depend on what else runs a little less.
+`SPARSE_BELOW` in training/sparse.py. ``--peer`` takes the same steps with Llamascopium, installed at the versions in
+peers/llamascopium.txt in an environment of its own (about 1.6 GB with a CPU build of torch): for every row one process
+of theirs and one of ours, that take their steps in turn, with the same Adam. Llamascopium's penalty reaches no decoder
+norms, so that with JumpReLU it has a little less to do.
+
+Wall time needs an idle machine; ratios depend on what else runs a little less.
 """
 
 from __future__ import annotations
@@ -31,10 +37,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from peers._measure import measured
+from _peers import PEERS, add_environment, environment
+from peers._measure import measured, serve
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -45,6 +53,7 @@ from clt_plugin.training.penalties import Tanh, total
 from clt_plugin.training.sparse import forward_pass
 
 PENALTY = (Tanh(1e-3),)
+PEER = "llamascopium"
 GROWTH = {"layers": (3, 6, 12), "latents": (1024, 2048, 4096, 8192), "batch": (256, 512, 1024, 2048)}
 CROSSOVER = (0.0125, 0.025, 0.05, 0.1, 0.15, 0.2, 0.3)
 
@@ -188,6 +197,44 @@ def print_peak(name: str, path: str) -> None:
     print(json.dumps(cost))
 
 
+class Steps:
+    """A process that takes steps of training and times them, for as long as the context lasts."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
+
+    def read(self) -> str:
+        """Return what the process says next."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{' '.join(map(str, self.process.args))} failed")
+        return line
+
+    def step(self) -> float:
+        """Return the seconds that a step takes."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self.read())
+
+
+def beside_peer(python: str, name: str, csr: bool, repeats: int) -> tuple[float, float, dict[str, float]]:
+    """Return the median seconds of our steps and of the peer's, and what the peer says of itself."""
+    threads = torch.get_num_threads()
+    job = json.dumps({**asdict(CASES[name]), "csr": csr, "threads": threads})
+    with ExitStack() as stack:
+        ours = stack.enter_context(Steps([sys.executable, __file__, "--serve", name, "--threads", str(threads)]))
+        theirs = stack.enter_context(Steps([python, "-W", "ignore", str(PEERS / f"{PEER}_worker.py"), job]))
+        told = json.loads(theirs.read())
+        times = [(ours.step(), theirs.step()) for _ in range(repeats + 2)][2:]
+    return *(statistics.median(taken) for taken in zip(*times, strict=True)), told
+
+
 # ------------------------------------------------------------------------------------------------------ tables
 
 
@@ -243,12 +290,27 @@ def show_crossover(console: Console, repeats: int) -> None:
     console.print(f"SPARSE_BELOW is {sparse.SPARSE_BELOW}")
 
 
+def show_peer(console: Console, repeats: int, python: str) -> None:
+    table = table_of(
+        "A training step of 1,024 tokens", ("", "ours ms", "Llamascopium ms", "ratio", "its active latents")
+    )
+    for name, csr in (("TopK CLT", True), ("TopK CLT", False), ("JumpReLU CLT", False), ("BatchTopK CLT", False)):
+        ours, theirs, told = beside_peer(python, name, csr, repeats)
+        cells = (f"{1000 * ours:.0f}", f"{1000 * theirs:.0f}", f"{theirs / ours:.1f}x", f"{told['active']:.1f}")
+        table.add_row(f"{name}, {'CSR' if csr else 'dense'} there", *cells)
+    console.print(table)
+    console.print(f"Llamascopium {told['version']}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--growth", action="store_true", help="vary layers, latents and batch")
     parser.add_argument("--crossover", action="store_true", help="vary how many latents are active")
+    parser.add_argument("--peer", action="store_true", help="take steps with Llamascopium beside ours")
+    add_environment(parser, PEER)
+    parser.add_argument("--serve", choices=CASES, help="take a step of one case for every line read")
     parser.add_argument("--peak", choices=CASES, help="print one case's peak memory, as JSON")
     parser.add_argument("--path", choices=sparse.PATHS, default="sparse", help="of --peak")
     options = parser.parse_args()
@@ -256,6 +318,11 @@ def main() -> None:
     console = Console(width=140)
     if options.peak:
         print_peak(options.peak, options.path)
+    elif options.serve:
+        run = Run(CASES[options.serve])
+        serve(lambda: run.step("sparse"))
+    elif options.peer:
+        show_peer(console, options.repeats, str(environment(PEER, options.environment, console)))
     elif options.growth:
         show_growth(console, options.repeats)
     elif options.crossover:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,3 +33,11 @@ def measured(function: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
     total = resident("VmHWM")
     return result, {"cpu": cpu, "wall": wall, "peak": total - before, "total": total}
+
+
+def serve(step: Callable[[], Any]) -> None:
+    """Take a step for every line that comes in, and print the seconds of wall time that it took."""
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        step()
+        print(time.perf_counter() - start, flush=True)

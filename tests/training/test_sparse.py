@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clt_plugin import Crosscoder, Site, Wiring
 from clt_plugin.core import ReLU
-from clt_plugin.training import _selection, sparse
+from clt_plugin.training import _entries, _selection, sparse
 from clt_plugin.training.auxiliary import PreActivation
 from clt_plugin.training.forward import ForwardPass
 from clt_plugin.training.penalties import L1, Quadratic, Tanh
@@ -106,6 +106,38 @@ def test_sparse_equals_dense(wiring: str, activation: str) -> None:
     assert all(group.complete != crosscoder.activation.ranks for group in run.groups)
 
 
+@pytest.mark.parametrize("activation", ["jumprelu", "topk", "batchtopk joint"])
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_sums_in_pieces_equal_dense(wiring: str, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_entries, "PIECE", 2)
+    monkeypatch.setattr(_entries, "OFTEN", 0)
+    monkeypatch.setattr(_entries, "_ROWS_AT_ONCE", 3)
+    assert_equal(make(wiring, activation))
+
+
+@pytest.mark.parametrize(("often", "widths"), [(3, {1, 2}), (4, {5, 10, 15})])
+def test_sums_are_in_pieces_where_latents_are_often_active(
+    often: int, widths: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_entries, "PIECE", 2)
+    monkeypatch.setattr(_entries, "OFTEN", often)
+    seen: set[int] = set()
+    sum_rows = sparse.sum_rows
+    monkeypatch.setattr(sparse, "sum_rows", lambda rows, *rest: seen.add(rows.shape[1]) or sum_rows(rows, *rest))
+    crosscoder = make("clt", "topk")
+    # As many tokens as latents, of which each token has 3 active.
+    forward_pass(crosscoder, *batch(crosscoder, N_LATENTS), "sparse")
+    assert seen == widths
+
+
+def test_columns_are_cut_on_a_cpu_only() -> None:
+    assert _entries.cut([5, 130], torch.device("cpu")) == [
+        [slice(0, 5)],
+        [slice(5, 69), slice(69, 133), slice(133, 135)],
+    ]
+    assert _entries.cut([5, 130], torch.device("cuda")) == [[slice(0, 5)], [slice(5, 135)]]
+
+
 def test_one_group_may_be_dense_beside_sparse_ones() -> None:
     crosscoder = make("clt", "jumprelu", (20, 32, 12))
     for threshold, value in zip(crosscoder.threshold or (), (5.0, 0.2, 5.0), strict=True):
@@ -184,6 +216,7 @@ def test_no_dense_array_is_kept_for_the_backward_pass() -> None:
 def test_largest_of_rows_and_of_all(n: int, k: int, dtype: torch.dtype) -> None:
     scores = torch.randn(7, n).to(dtype)
     flat = _selection.top_of_rows(scores, k)
+    assert torch.equal(flat, flat.sort().values)
     assert torch.equal(flat // n, torch.arange(7).repeat_interleave(k))
     found = scores.view(-1)[flat].view(7, k).sort(-1, descending=True).values
     assert torch.equal(found, scores.topk(k).values)
@@ -210,8 +243,6 @@ def test_what_is_not_a_number_counts_as_largest() -> None:
     assert torch.equal(rows // 256, torch.arange(4).repeat_interleave(6))
     assert 256 + 7 in rows
     assert bool(scores.view(-1)[rows].view(4, 6)[2].isnan().all())
-    # One row with a value that is no number, one with a tie: neither may make up for the other.
-    few = torch.tensor([[1.0, torch.nan, 2.0, 0.0], [1.0, 1.0, 2.0, 0.0]])
-    assert torch.equal(_selection._best_of_rows(few, 2) // 4, torch.tensor([0, 0, 1, 1]))
+    assert len(rows.unique()) == 24
     every = _selection.top_of_all(scores, 300)
     assert set(scores.view(-1).isnan().nonzero().squeeze(1).tolist()) <= set(every.tolist())

@@ -17,12 +17,15 @@ from clt_plugin.training.config import (
     TrainConfig,
     WatchConfig,
 )
+from clt_plugin.training.estimation import Estimate, estimate
 from clt_plugin.training.evaluation import Evaluation, evaluate
 from clt_plugin.training.loop import TrainResult, train
 from clt_plugin.training.penalties import PENALTIES, Penalty
+from clt_plugin.training.recipes import Recipe
 from clt_plugin.training.standard import Standard, fold, unfold
 from clt_plugin.training.thresholds import Conversion, estimate_threshold, to_jumprelu, to_threshold
 from clt_plugin.training.trainer import Metrics, Trainer, TrainError
+from clt_plugin.training.watch import TrainWarning
 from clt_plugin.training.wirings import WIRINGS
 
 __all__ = [
@@ -33,12 +36,14 @@ __all__ = [
     "ConfigError",
     "Conversion",
     "DataConfig",
+    "Estimate",
     "Evaluation",
     "EvaluationConfig",
     "Metrics",
     "OptimizerConfig",
     "ParallelConfig",
     "Penalty",
+    "Recipe",
     "SparsityConfig",
     "Standard",
     "StandardConfig",
@@ -46,8 +51,10 @@ __all__ = [
     "TrainConfig",
     "TrainError",
     "TrainResult",
+    "TrainWarning",
     "Trainer",
     "WatchConfig",
+    "estimate",
     "estimate_threshold",
     "evaluate",
     "fold",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from clt_plugin.core import Site, WiringError
+from clt_plugin.training._competition import top_of_rows
 from clt_plugin.training._groups import read
 from clt_plugin.training.forward import ForwardPass, GroupActivity
 from clt_plugin.training.penalties import PENALTIES, Penalty
@@ -35,6 +36,7 @@ class PreActivation(Penalty):
     """
 
     name: ClassVar[str] = "pre_activation"
+    spreads: ClassVar[str | None] = "sum"
     over: str = "inactive"
     norms: str | None = "concatenated"
     floor: str = "threshold"
@@ -91,6 +93,7 @@ class AuxiliaryTopK(Penalty):
     """
 
     name: ClassVar[str] = "auxiliary_topk"
+    spreads: ClassVar[str | None] = "whole"
     k: int
 
     def __post_init__(self) -> None:
@@ -100,20 +103,29 @@ class AuxiliaryTopK(Penalty):
     def __call__(self, run: ForwardPass) -> Tensor:
         """Return the loss on a batch; see `Penalty.__call__`."""
         written: dict[Site, Tensor] = {}
+        every_dead = [dead_latents(run, g, self.name) for g in range(len(run.groups))]
+        numbers = run.mesh.total(
+            torch.tensor([*map(len, every_dead)], device=run.groups[0].pre.device), "latent"
+        ).tolist()
         for g, slices in enumerate(run.crosscoder.layout.write_slices):
-            dead = dead_latents(run, g, self.name)
-            if len(dead):
-                h = pre_activations_of(run, g, dead).relu()
-                best = h.topk(min(self.k, len(dead)), dim=-1)
-                acts = torch.zeros_like(h).scatter(-1, best.indices, best.values)
-                y = acts @ run.crosscoder.decoder_vectors(g, dead)
+            # Where any process has dead latents all take part.
+            if numbers[g]:
+                acts = self._best(run, g, every_dead[g], numbers[g])
+                y = acts @ run.crosscoder.decoder_vectors(g, every_dead[g])
                 for site, columns in slices.items():
                     written[site] = written[site] + y[:, columns] if site in written else y[:, columns]
         loss = run.groups[0].pre.new_zeros(())
         for site, y in written.items():
             error = (run.targets[site] - run.outputs[site]).detach()
-            loss = loss + (error - y).square().sum(-1).mean()
+            loss = loss + (error - run.mesh.over_latents(y)).square().sum(-1).mean()
         return loss
+
+    def _best(self, run: ForwardPass, g: int, dead: Tensor, n_dead: int) -> Tensor:
+        """Return relu(h) of dead latents where it is among the k largest of all n_dead, else 0, (B, n)."""
+        h = pre_activations_of(run, g, dead).relu()
+        flat = top_of_rows(run.mesh, h.detach(), min(self.k, n_dead))
+        best = torch.zeros_like(h).view(-1).index_fill_(0, flat, 1)
+        return h * best.view_as(h)
 
 
 def dead_latents(run: ForwardPass, group: int, penalty: str) -> Tensor:
@@ -192,13 +204,15 @@ class JacobianMatching(Penalty):
     """
 
     name: ClassVar[str] = "jacobian"
+    spreads: ClassVar[str | None] = "whole"
 
     def __call__(self, run: ForwardPass) -> Tensor:
         """Return the loss on a batch; see `Penalty.__call__`."""
         tangents, losses = run.need("tangents", self.name), []
         for site, response in run.need("responses", self.name).items():
             answer = own_response(run, site, tangents)
-            losses.append((answer - response.detach()).square().sum() / response.detach().square().sum())
+            size = run.mesh.over_tokens(response.detach().square().sum())
+            losses.append((answer - response.detach()).square().sum() / size)
         return torch.stack(losses).mean()
 
 
@@ -215,7 +229,7 @@ def own_response(run: ForwardPass, site: Site, tangents: dict[Site, Tensor]) -> 
     """
     crosscoder, wiring = run.crosscoder, run.crosscoder.wiring
     moved = {r: v for r, v in tangents.items() if (r.model, r.layer) == (site.model, site.layer)}
-    answers = []
+    answers: list[Tensor] = []
     for g in wiring.writers(site):
         own = [r for r in wiring.reads[g] if r in moved]
         if own:
@@ -224,6 +238,8 @@ def own_response(run: ForwardPass, site: Site, tangents: dict[Site, Tensor]) -> 
             h = torch.stack([moved[r] @ encoder[:, rows[r]].T for r in own]).sum(0)
             active = run.groups[g].dense((run.groups[g].acts.detach() != 0).to(h.dtype))
             answers.append((h * active) @ crosscoder.decoder_vectors(g)[:, crosscoder.layout.write_slices[g][site]])
+    if answers:
+        answers = [run.mesh.over_latents(torch.stack(answers).sum(0))]
     skipped = {read: write for read, write in wiring.skips if write == site}
     answers += [moved[r] @ crosscoder.store.get("W_skip", wiring.skips.index((r, site))) for r in skipped if r in moved]
     if not answers:

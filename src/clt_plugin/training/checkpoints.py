@@ -22,6 +22,7 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 
 from clt_plugin.core.aside import written_aside
+from clt_plugin.training._mesh import by_first, first_alone
 
 STATE = "state.json"
 
@@ -48,22 +49,25 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
     """
     final = folder / f"step-{step:08d}"
     aside = folder / f".{final.name}.partial"
+
+    def make_room() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stray in folder.glob(".step-*.partial"):
+            shutil.rmtree(stray)
+        aside.mkdir()
+
+    def publish() -> None:
+        _seal(aside, numbers)
+        if final.exists():  # written before, by a run that was stopped right afterwards
+            shutil.rmtree(final)
+        aside.rename(final)
+        for old in found(folder)[:-keep]:
+            shutil.rmtree(old)
+
     try:
-        if _is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            for stray in folder.glob(".step-*.partial"):
-                shutil.rmtree(stray)
-            aside.mkdir()
-        _wait()
+        first_alone(make_room)
         _dcp(dcp.save, dict(tensors), checkpoint_id=aside)
-        if _is_first():
-            _seal(aside, numbers)
-            if final.exists():  # written before, by a run that was stopped right afterwards
-                shutil.rmtree(final)
-            aside.rename(final)
-            for old in found(folder)[:-keep]:
-                shutil.rmtree(old)
-        _wait()
+        first_alone(publish)
     except (OSError, dcp.api.CheckpointException) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise CheckpointError(
@@ -91,13 +95,19 @@ def load_latest(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any] |
     Raises:
         CheckpointError: There are checkpoints, but none is whole; or it is of another run.
     """
+    path = by_first(lambda: _last_whole(folder))
+    return None if path is None else _load(path, tensors)
+
+
+def _last_whole(folder: Path) -> Path | None:
+    """Return the last checkpoint that is whole, and warn of those after it."""
     broken = []
     for path in reversed(found(folder)):
         damage = damage_of(path)
         if damage is None:
-            return _load(path, tensors)
+            return path
         broken.append(f"{path} {damage}")
-        warnings.warn(f"{broken[-1]}: the one before it is gone on from", stacklevel=3)
+        warnings.warn(f"{broken[-1]}: the one before it is gone on from", stacklevel=5)
     if broken:
         raise CheckpointError(
             f"no checkpoint is whole: {'; '.join(broken)}. Remove {folder} to begin the run from its start"
@@ -154,15 +164,6 @@ def _dcp(function: Any, tensors: dict[str, Tensor], **where: Any) -> None:
         # It says that it runs in one process, which is what was asked for.
         warnings.simplefilter("ignore")
         function(tensors, no_dist=alone, **where)
-
-
-def _is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def _cause(error: BaseException) -> str:

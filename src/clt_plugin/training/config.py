@@ -13,13 +13,11 @@ from typing import Any
 
 from clt_plugin.core import Activation, Wiring
 from clt_plugin.training import auxiliary  # noqa: F401 - registers its penalties
+from clt_plugin.training._yaml import parse_yaml
+from clt_plugin.training.errors import ConfigError
 from clt_plugin.training.penalties import Penalty, from_settings
 
 PRECISIONS = ("float32", "bfloat16")
-
-
-class ConfigError(ValueError):
-    """A config that no run can have. Says which setting, and what it may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -348,13 +346,8 @@ class TrainConfig:
     @classmethod
     def from_yaml(cls, path: str | PathLike[str]) -> TrainConfig:
         """Read one from a YAML file."""
-        import yaml
-
         with open(path, encoding="utf-8") as file:
-            try:
-                data = yaml.safe_load(file)
-            except yaml.YAMLError as error:
-                raise ConfigError(f"{path} is no YAML: {error}") from error
+            data = parse_yaml(file.read(), str(path))
         if not isinstance(data, Mapping):
             raise ConfigError(f"{path} holds no settings: it must be a mapping of names to values")
         return cls.from_dict(data)

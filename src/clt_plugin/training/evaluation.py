@@ -13,8 +13,7 @@ Sources: Ameisen et al. 2025, "Circuit Tracing" (evaluation of CLTs); Templeton 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from clt_plugin.adapters.huggingface import HostModel, check_fits, plain_model
 from clt_plugin.core import AttachError, Crosscoder, Site, SparseFeatures
 from clt_plugin.training.data.activations import DataError
 from clt_plugin.training.data.tokens import Rows
-from clt_plugin.training.reading import models_of, read_texts, tokens_for
+from clt_plugin.training.reading import as_it_runs, models_of, read_texts, tokens_for
 from clt_plugin.training.standard import Moments
 
 if TYPE_CHECKING:
@@ -165,10 +164,11 @@ def evaluate(
         AttachError: The crosscoder does not fit the model.
         DataError: The texts cannot be run as asked, or no token of them counts.
         EditError: The edits are no write masks, or do not fit.
+        WiringError: A BatchTopK's thresholds were not measured.
     """
     _check_edits(crosscoder, edits)
     tokens = tokens_for(model, crosscoder, texts, tokenizer, length)
-    with _as_it_runs(crosscoder), torch.no_grad():
+    with as_it_runs(crosscoder), torch.no_grad():
         loop, reason = _loop_of(model, crosscoder, edits) if in_loop else (None, "it was not asked for")
         sums = _Sums(crosscoder, edits)
         settings: dict[str, Any] = {"batch_size": batch_size, "max_tokens": max_tokens, "bar": bar}
@@ -190,17 +190,6 @@ def _check_edits(crosscoder: Crosscoder, edits: Any) -> None:
     if others:
         raise EditError(f"a crosscoder is evaluated under write masks alone, not under {', '.join(sorted(others))}")
     edits.check(crosscoder)
-
-
-@contextmanager
-def _as_it_runs(crosscoder: Crosscoder) -> Iterator[None]:
-    """Evaluate in evaluation mode, whatever mode it was in."""
-    was_training = crosscoder.training
-    crosscoder.eval()
-    try:
-        yield
-    finally:
-        crosscoder.train(was_training)
 
 
 # ---------------------------------------------------------------- reconstruction and sparsity

@@ -18,6 +18,7 @@ from torch import Tensor
 from clt_plugin.core import Crosscoder, Site, WiringError, step
 from clt_plugin.core.activations import activate_jointly
 from clt_plugin.training._groups import by_site, read, score_scale
+from clt_plugin.training._mesh import ALONE, Mesh
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +75,12 @@ class GroupActivity:
             return self.sum_per_token((self.acts.detach() != 0).to(self.acts.dtype))
         return self.sum_per_token(step(self.pre, self.per_entry(self.threshold), self.bandwidth))
 
+    def rates(self) -> Tensor:
+        """Return the share of tokens on which each latent is active, (F,), with gradients as `l0` has them."""
+        if self.threshold is None:
+            return self.mean_over_tokens((self.acts.detach() != 0).to(self.acts.dtype))
+        return self.mean_over_tokens(step(self.pre, self.per_entry(self.threshold), self.bandwidth))
+
     def dense(self, entries: Tensor) -> Tensor:
         """Return entries as (B, F), 0 where left out."""
         if self.tokens is None or self.latents is None:
@@ -97,6 +104,8 @@ class ForwardPass:
         neurons: {layer: (B, n)}: activations of the model's own MLP neurons, for penalties that look at them.
         tangents: {site read: (B, d_site)}: directions in which inputs are moved, see `mlp_response`.
         responses: {site written: (B, d_site)}: how the model's own MLPs answer, to first order.
+        mesh: The processes that have the other latents and tokens; groups are this one's part. What a penalty computes
+            from sums over latents or means over tokens is summed and averaged over them: see `Penalty.spreads`.
     """
 
     crosscoder: Crosscoder
@@ -108,6 +117,7 @@ class ForwardPass:
     neurons: Mapping[int, Tensor] = field(default_factory=dict)
     tangents: Mapping[Site, Tensor] = field(default_factory=dict)
     responses: Mapping[Site, Tensor] = field(default_factory=dict)
+    mesh: Mesh = ALONE
 
     @classmethod
     def of(

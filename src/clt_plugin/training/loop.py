@@ -4,31 +4,45 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from clt_plugin.core import Crosscoder, Site
+from clt_plugin.core import Crosscoder, Host, Site, Wiring
 from clt_plugin.training import prepare
 from clt_plugin.training._stop import asked_to_stop
-from clt_plugin.training.config import TrainConfig
+from clt_plugin.training.config import ConfigError, TrainConfig
 from clt_plugin.training.data import Batch, Buffer, Source
+from clt_plugin.training.estimation import check_room
 from clt_plugin.training.evaluation import Evaluation, evaluate
 from clt_plugin.training.host_mlps import HostMLPs
+from clt_plugin.training.parallel import (
+    Mesh,
+    by_first,
+    check,
+    first_alone,
+    put_together,
+    sizes_of_share,
+    spread,
+    start,
+)
 from clt_plugin.training.run import RunFolder, versions
 from clt_plugin.training.thresholds import Conversion, to_jumprelu, to_threshold
-from clt_plugin.training.trainer import Trainer, TrainError
+from clt_plugin.training.trainer import Metrics, Trainer, TrainError
 from clt_plugin.training.watch import Watching
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 CONVERTED_ON = 8
 """On how many batches a selection is turned into thresholds, and its loss measured before and after."""
@@ -63,7 +77,7 @@ class TrainResult:
         """Plot loss, L0, dead latents and evaluations over the run."""
         from clt_plugin.report.training import plot_run
 
-        return plot_run(self.history, self.config.name)
+        return plot_run(self.history, self.config.name, self.config.sparsity.target_l0)
 
 
 def train(
@@ -96,73 +110,100 @@ def train(
         TrainError: The run cannot go on: a loss that is not finite, too few tokens, or it was asked to stop.
         CheckpointError: A checkpoint cannot be written, or none can be read.
     """
+    mesh = start(config)
+    if mesh.size > 1 and output is None:
+        raise ConfigError("what several processes train is put together in a folder that all of them see: give output=")
     folder = RunFolder(None if output is None else Path(output), config)
-    ended = folder.result()
+    ended = _ended(folder, mesh)
     if ended is not None:
-        return TrainResult(
-            ended[0], config, ended[1], Watching(config, folder.path, config.n_steps).history, folder.path
-        )
+        return ended
     models = prepare.models_of(model)
     wiring = prepare.wiring_of(config, models, data)
+    check_room(config, models, data, wiring, folder.path, mesh.size)
     source = prepare.open_source(models, data, wiring, config, tokenizer)
-    trainer = _begin(folder, config, wiring, source, prepare.host_of(models, wiring, source, config))
+    trainer = _begin(folder, wiring, source, prepare.host_of(models, wiring, source, config), mesh)
     mlps = HostMLPs(model, wiring, config.sparsity.penalties, config.seed)
     if evaluate_on is None and models and not prepare.is_source(data):
         evaluate_on = data
 
+    def evaluated(crosscoder: Crosscoder) -> Evaluation | None:
+        return _evaluate(model, crosscoder, evaluate_on, config, tokenizer)
+
+    def evaluated_now(sample: Mapping[Site, Tensor], whole: Crosscoder) -> Evaluation | None:
+        return evaluated(trainer.finished(sample, whole))
+
     with ExitStack() as stack:
         buffer = stack.enter_context(Buffer(source, config.data.buffer, seed=config.seed))
         _go_on(folder, trainer, buffer, mlps)
-        watch = stack.enter_context(Watching(config, folder.path, trainer.n_done))
+        watch = Watching(config, folder.path, trainer.n_done) if mesh.is_first else _Unwatched()
+        stack.enter_context(watch)
         asked = stack.enter_context(asked_to_stop())
         began, begun_at = time.perf_counter(), trainer.n_done
         while trainer.n_done < config.n_steps:
             batch = _draw(buffer, config, trainer)
             raw = batch.by_site()
-            watch.step(trainer.step(raw, raw, **mlps.about(raw, trainer.standard)))
+            with folder.naming_checkpoint():
+                metrics = trainer.step(raw, raw, **mlps.about(raw, trainer.standard))
+            watch.step(metrics)
             done = trainer.n_done
             if _due(config.evaluation.every, done) and done < config.n_steps:
                 with buffer.paused():
-                    found = _evaluate(model, trainer.finished(raw), evaluate_on, config, tokenizer)
+                    found = _by_first(trainer, partial(evaluated_now, raw))
                 if found is not None:
                     watch.evaluated(done - 1, found)
-            if _due(config.checkpoints.every, done) or asked():
+            stop = mesh.any(asked())
+            if _due(config.checkpoints.every, done) or stop:
                 _keep(folder, trainer, buffer, mlps)
-            if asked():
+            if stop:
                 where = f"started again it goes on from there: {folder.path}" if folder.path else "nothing was kept"
                 raise TrainError(f"the run was asked to stop, and did after {done} of {config.n_steps} steps; {where}")
         seconds = time.perf_counter() - began
         buffer.close()
-        crosscoder, conversion = finish(trainer, source)
-        evaluation = _evaluate(model, crosscoder, evaluate_on, config, tokenizer)
-        if evaluation is not None:
-            watch.evaluated(config.n_steps - 1, evaluation)
-    report = {
-        "name": config.name,
-        "tokens": config.n_steps * config.batch_size,
-        "seconds": seconds,
-        "tokens_per_second": (config.n_steps - begun_at) * config.batch_size / max(seconds, 1e-9),
-        "evaluation": None if evaluation is None else evaluation.to_dict(),
-        "evaluated_on": "held-out texts" if evaluate_on is not data else "training texts",
-        "conversion": None if conversion is None else _numbers_of(conversion),
-        "versions": versions(),
-    }
-    crosscoder.metadata |= {"recipe": config.to_dict(), "metrics": report["evaluation"]}
-    folder.end(crosscoder, report)
-    return TrainResult(crosscoder, config, report, watch.history, folder.path)
+        about = {
+            "name": config.name,
+            "tokens": config.n_steps * config.batch_size,
+            "seconds": seconds,
+            "tokens_per_second": (config.n_steps - begun_at) * config.batch_size / max(seconds, 1e-9),
+            "processes": mesh.size,
+            "evaluated_on": "held-out texts" if evaluate_on is not data else "training texts",
+        }
+        result = _by_first(trainer, lambda whole: _end(folder, trainer, whole, source, evaluated, watch, about))
+    if result is None:
+        result = _ended(folder, mesh)
+        assert result is not None
+    return result
 
 
 # ---------------------------------------------------------------- beginning, and going on
 
 
-def _begin(folder: RunFolder, config: TrainConfig, wiring: Any, source: Source, host: Any) -> Trainer:
+def _ended(folder: RunFolder, mesh: Mesh) -> TrainResult | None:
+    """Return what a run came to, where it has ended."""
+    ended = folder.result(lazy=not mesh.is_first)
+    if ended is None:
+        return None
+    config = folder.config
+    history = Watching(config, folder.path, config.n_steps).history if mesh.is_first else []
+    return TrainResult(ended[0], config, ended[1], history, folder.path)
+
+
+def _begin(folder: RunFolder, wiring: Wiring, source: Source, host: Host, mesh: Mesh) -> Trainer:
     """Make the trainer, in the units of the run."""
+    config = folder.config
+    check(config, config.activation, mesh)
+    own = config.but(n_latents=sizes_of_share(config.n_latents, mesh))
     if folder.was_begun:
         # Its weights come from the checkpoint; statistics are not taken again.
-        return Trainer(prepare.new_crosscoder(config, wiring, source, host), config, folder.standard())
-    crosscoder, standard = prepare.begin(config, wiring, source, host)
-    folder.keep_standard(standard)
-    return Trainer(crosscoder, config, standard)
+        share = prepare.new_crosscoder(own, wiring, source, host)
+        return Trainer(share, config, folder.standard(), mesh)
+    # The whole one, of which many processes have a share each, may be too large for the device.
+    where = config if mesh.size == 1 else config.but(device=None)
+    begun = first_alone(lambda: prepare.begin(where, wiring, source, host))
+    standard = by_first(lambda: begun[1] if begun is not None else None)
+    share = spread(begun[0] if begun is not None else None, mesh)
+    if mesh.is_first:
+        folder.keep_standard(standard)
+    return Trainer(share, config, standard, mesh)
 
 
 def _tensors(trainer: Trainer, mlps: HostMLPs) -> dict[str, Tensor]:
@@ -198,36 +239,91 @@ def _due(every: int | None, done: int) -> bool:
     return every is not None and done % every == 0
 
 
+class _Unwatched(AbstractContextManager["_Unwatched"]):
+    """What processes but the first tell: nobody."""
+
+    def __init__(self) -> None:
+        self.history: list[dict[str, Any]] = []
+
+    def step(self, metrics: Metrics) -> None:
+        """Hear of a step."""
+
+    def evaluated(self, step: int, evaluation: Any) -> None:
+        """Hear of an evaluation."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is open."""
+
+
 # ---------------------------------------------------------------- ending
 
 
-def finish(trainer: Trainer, source: Source) -> tuple[Crosscoder, Conversion | None]:
+def _by_first(trainer: Trainer, function: Callable[[Crosscoder], T]) -> T | None:
+    """Have the first process do something with the whole crosscoder while the others wait; None for these."""
+    whole = put_together(trainer.crosscoder, trainer.mesh)
+    return first_alone(lambda: function(cast(Crosscoder, whole)))
+
+
+def _end(
+    folder: RunFolder,
+    trainer: Trainer,
+    whole: Crosscoder,
+    source: Source,
+    evaluated: Callable[[Crosscoder], Evaluation | None],
+    watch: Watching | _Unwatched,
+    about: Mapping[str, Any],
+) -> TrainResult:
+    """Make of the last weights what a run comes to, and write it."""
+    config = folder.config
+    crosscoder, conversion = finish(trainer, source, whole)
+    evaluation = evaluated(crosscoder)
+    if evaluation is not None:
+        watch.evaluated(config.n_steps - 1, evaluation)
+    report = {
+        **about,
+        "evaluation": None if evaluation is None else evaluation.to_dict(),
+        "conversion": None if conversion is None else _numbers_of(conversion),
+        "versions": versions(),
+    }
+    crosscoder.metadata |= {"recipe": config.to_dict(), "metrics": report["evaluation"]}
+    result = TrainResult(crosscoder, config, report, watch.history, folder.path)
+    folder.end(crosscoder, report, result.plot)
+    return result
+
+
+def finish(
+    trainer: Trainer, source: Source, crosscoder: Crosscoder | None = None
+) -> tuple[Crosscoder, Conversion | None]:
     """Return the crosscoder as it will be used: with thresholds where a batch selected, folded, in evaluation mode.
 
     Args:
         trainer: After its last step.
         source: For batches on which thresholds are measured.
+        crosscoder: The whole one, where the trainer has a share.
 
     Returns:
         The crosscoder, and what becoming thresholds did to loss and L0; None where nothing became any.
     """
     config, conversion = trainer.config, None
-    if trainer.crosscoder.activation.has_batch_threshold or config.to_jumprelu is not None:
-        batches = _Again(source, trainer)
+    crosscoder = trainer.crosscoder if crosscoder is None else crosscoder
+    if crosscoder.activation.has_batch_threshold or config.to_jumprelu is not None:
+        batches = _Again(source, trainer, crosscoder.device)
         if config.to_jumprelu is not None:
-            conversion = to_jumprelu(trainer.crosscoder, batches, config.to_jumprelu)
+            conversion = to_jumprelu(crosscoder, batches, config.to_jumprelu)
         else:
-            conversion = to_threshold(copy.deepcopy(trainer.crosscoder), batches)
-    return trainer.folded(None if conversion is None else conversion.crosscoder), conversion
+            # Not the one that is trained; one that was put together of shares is a copy already.
+            own = copy.deepcopy(crosscoder) if crosscoder is trainer.crosscoder else crosscoder
+            conversion = to_threshold(own, batches)
+    return trainer.folded(crosscoder if conversion is None else conversion.crosscoder), conversion
 
 
 class _Again:
     """Batches in units of training, harvested again each time they are gone through, so that few are held."""
 
-    def __init__(self, source: Source, trainer: Trainer) -> None:
+    def __init__(self, source: Source, trainer: Trainer, device: torch.device) -> None:
         # Not the tokens that come first in training, nor those of the statistics.
         self.source = prepare.from_everywhere(source, trainer.config.seed + 1)
-        self.trainer = trainer
+        self.trainer, self.device = trainer, device
 
     def __iter__(self) -> Iterator[tuple[dict[Site, Tensor], dict[Site, Tensor]]]:
         size = self.trainer.config.batch_size
@@ -237,6 +333,7 @@ class _Again:
             if sum(len(next(iter(part.values()))) for part in held) >= size:
                 whole = {site: torch.cat([part[site] for part in held]) for site in some}
                 batch = self.trainer.standardised({site: value[:size] for site, value in whole.items()})
+                batch = {site: value.to(self.device) for site, value in batch.items()}
                 yield batch, batch
                 held = [{site: value[size:] for site, value in whole.items()}]
 
@@ -250,6 +347,8 @@ def _evaluate(model: Any, crosscoder: Crosscoder, texts: Any, config: TrainConfi
         "length": config.data.length,
         "batch_size": config.data.rows,
     }
+    # Shares are put together in the CPU's memory.
+    crosscoder = crosscoder.to(config.device or "cpu")
     return evaluate(model, crosscoder, texts, tokenizer=tokenizer, bar=False, **settings)
 
 

@@ -34,6 +34,10 @@ class Penalty:
     name: ClassVar[str] = ""
     rises: ClassVar[bool] = False
     """Whether its weight rises over training, see `clt_plugin.training.schedules.rising`."""
+    spreads: ClassVar[str | None] = None
+    """How several processes compute it, each with a part of the latents and tokens (`ForwardPass.mesh`); it is a mean
+    over tokens in either case. ``"sum"``: it is a sum over latents, so that what they return is added up;
+    ``"whole"``: it sums over processes itself, and each returns all of it; None: they cannot."""
     weight: float
 
     def __call__(self, run: ForwardPass) -> Tensor:
@@ -81,13 +85,18 @@ def total(
     shown: dict[str, Tensor] = {}
     for penalty in penalties:
         if isinstance(penalty, SparsityPenalty):
-            parts = penalty.by_group(run)
+            parts = _added(penalty, run, penalty.by_group(run))
             value, term = parts.sum(), (parts * torch.as_tensor(pressure, dtype=parts.dtype, device=parts.device)).sum()
         else:
-            value = term = penalty(run)
+            value = term = _added(penalty, run, penalty(run))
         result = result + penalty.weight * (rise if penalty.rises else 1.0) * term
         shown[penalty.name] = value.detach() + shown.get(penalty.name, 0)
     return result, shown
+
+
+def _added(penalty: Penalty, run: ForwardPass, value: Tensor) -> Tensor:
+    """Add up what the processes that share the latents return."""
+    return run.mesh.over_latents(value) if penalty.spreads == "sum" else value
 
 
 # ---------------------------------------------------------------- sparsity
@@ -124,6 +133,7 @@ class Tanh(SparsityPenalty):
     """
 
     name: ClassVar[str] = "tanh"
+    spreads: ClassVar[str | None] = "sum"
     c: float = 1.0
     norms: str = "concatenated"
 
@@ -141,6 +151,7 @@ class L1(SparsityPenalty):
     """
 
     name: ClassVar[str] = "l1"
+    spreads: ClassVar[str | None] = "sum"
     norms: str = "separate"
 
     def of_group(self, group: GroupActivity) -> Tensor:
@@ -162,6 +173,7 @@ class Quadratic(Penalty):
 
     name: ClassVar[str] = "quadratic"
     rises: ClassVar[bool] = True
+    spreads: ClassVar[str | None] = "whole"
     target: float
     scope: str = "group"
 
@@ -173,9 +185,31 @@ class Quadratic(Penalty):
 
     def __call__(self, run: ForwardPass) -> Tensor:
         """Return the penalty on a batch; see `Penalty.__call__`."""
-        l0 = torch.stack([_thresholded(group, self.name).l0() for group in run.groups])
+        l0 = run.mesh.over_all(torch.stack([_thresholded(group, self.name).l0() for group in run.groups]))
         l0 = l0.sum() if self.scope == "total" else l0
         return (2 / self.target * (l0 - self.target).square()).sum()
+
+
+@dataclass(frozen=True)
+class Frequent(Penalty):
+    """``sum_i ReLU(r_i - limit)``, r_i the share of tokens on which latent i is active: against dense latents.
+
+    A target for L0 alone is also reached with a few latents that are nearly always active. The gradient is that of
+    JumpReLU's L0, and reaches thresholds alone. The formula is ours; the demo's crosscoders were trained with it.
+
+    Attributes:
+        limit: The share of tokens beyond which a latent counts as dense.
+    """
+
+    name: ClassVar[str] = "frequent"
+    rises: ClassVar[bool] = True
+    spreads: ClassVar[str | None] = "sum"
+    limit: float = 0.05
+
+    def __call__(self, run: ForwardPass) -> Tensor:
+        """Return the penalty on a batch; see `Penalty.__call__`."""
+        rates = [run.mesh.over_tokens(_thresholded(group, self.name).rates()) for group in run.groups]
+        return torch.stack([(rate - self.limit).relu().sum() for rate in rates]).sum()
 
 
 @dataclass(frozen=True)
@@ -193,6 +227,7 @@ class Asymmetry(Penalty):
     """
 
     name: ClassVar[str] = "asymmetry"
+    spreads: ClassVar[str | None] = "whole"
     profile: tuple[float, ...] | None = None
     c: float | None = None
 
@@ -208,6 +243,7 @@ class Asymmetry(Penalty):
             l0 = torch.stack([_thresholded(group, self.name).l0() for group in run.groups])
         else:
             l0 = Tanh(1.0, c=self.c).by_group(run)
+        l0 = run.mesh.over_all(l0)
         profile = torch.ones_like(l0) if self.profile is None else l0.new_tensor(self.profile)
         if len(profile) != len(l0):
             raise WiringError(f"the profile has {len(profile)} numbers, but there are {len(l0)} groups")
@@ -227,7 +263,7 @@ def _thresholded(group: GroupActivity, name: str) -> GroupActivity:
     return group
 
 
-for _cls in (Tanh, L1, Quadratic, Asymmetry):
+for _cls in (Tanh, L1, Quadratic, Frequent, Asymmetry):
     PENALTIES.add(_cls.name, _cls)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from clt_plugin.adapters.huggingface import HostModel, plain_model
 from clt_plugin.core import Crosscoder, Host, Site, Wiring
 from clt_plugin.training import start
+from clt_plugin.training._mesh import first_alone
 from clt_plugin.training.config import ConfigError, TrainConfig
 from clt_plugin.training.data import ActivationCache, DataError, Harvest, Source, Texts, harvest, write_cache
 from clt_plugin.training.standard import Standard, Statistics, unfold
@@ -73,7 +74,8 @@ def open_source(
             device=config.device, epochs=epochs, **rows,
         )  # fmt: skip
     if wanted.cache is not None and not isinstance(source, ActivationCache):
-        write_cache(source, wanted.cache, dtype=wanted.cache_dtype, max_tokens=wanted.cache_tokens)
+        whole, folder = source, wanted.cache
+        first_alone(lambda: write_cache(whole, folder, dtype=wanted.cache_dtype, max_tokens=wanted.cache_tokens))
         source = ActivationCache(
             Path(wanted.cache), on_broken=wanted.on_broken, shuffle=config.seed, epochs=wanted.epochs,
             dtype=DTYPES[wanted.dtype], device=config.device,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from clt_plugin.core import Crosscoder, Site
+from clt_plugin.core import Crosscoder, Site, WiringError
 from clt_plugin.training.data.activations import Activations, check_whole
 from clt_plugin.training.data.harvest import Harvest
 from clt_plugin.training.data.tokens import Rows, Tokens
@@ -41,6 +42,26 @@ def tokenizer_of(model: Any) -> Any:
     return next((own for each in every if (own := getattr(each, "tokenizer", None)) is not None), None)
 
 
+@contextmanager
+def as_it_runs(crosscoder: Crosscoder) -> Iterator[None]:
+    """Hold a crosscoder in evaluation mode, in which it runs outside training, whatever mode it was in.
+
+    Raises:
+        WiringError: A BatchTopK's thresholds were not measured, without which nothing would be active.
+    """
+    if crosscoder.activation.has_batch_threshold and not crosscoder.has_measured_threshold:
+        raise WiringError(
+            "this BatchTopK's thresholds were not measured, and without them nothing is active: call "
+            "estimate_threshold(x) on typical inputs first"
+        )
+    was_training = crosscoder.training
+    crosscoder.eval()
+    try:
+        yield
+    finally:
+        crosscoder.train(was_training)
+
+
 def read_texts(
     model: Any,
     crosscoder: Crosscoder,
@@ -53,6 +74,8 @@ def read_texts(
     desc: str = "texts",
 ) -> Iterator[tuple[Rows, Activations]]:
     """Run rows through a model, and give each batch with what its tokens that count have, (tokens, d) a site.
+
+    As long as batches are taken, the crosscoder is in evaluation mode (`as_it_runs`).
 
     Args:
         model: A model, or {name: model} for a wiring over several.
@@ -67,6 +90,7 @@ def read_texts(
     Raises:
         DataError: The texts cannot be run as asked.
         AttachError: The model has no such site.
+        WiringError: See `as_it_runs`.
     """
     from tqdm.auto import tqdm
 
@@ -81,7 +105,8 @@ def read_texts(
     # The same rows twice: a harvest's chunks are of the batches in which any token counts.
     counted = (rows for rows in tokens.batches(batch_size) if bool(rows.counted.any()))
     hidden = None if bar is None else not bar
-    with tqdm(total=max_tokens, desc=desc, unit="token", disable=hidden, leave=False) as progress:
+    bar_of = tqdm(total=max_tokens, desc=desc, unit="token", disable=hidden, leave=False)
+    with as_it_runs(crosscoder), bar_of as progress:
         seen = 0
         for rows, chunk in zip(counted, source.chunks(), strict=False):
             yield rows, chunk.activations

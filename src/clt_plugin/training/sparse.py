@@ -10,19 +10,21 @@ Shapes: B tokens, F latents, d coordinates read, o coordinates that a group writ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from clt_plugin.core import Crosscoder, Site
+from clt_plugin.core import Activation, Crosscoder, Site
 from clt_plugin.core.activations import activate_jointly
+from clt_plugin.training._competition import competes, select
+from clt_plugin.training._entries import Entries, cut, dot_rows, pieces_of, sum_rows
 from clt_plugin.training._groups import by_site, read, score_scale
+from clt_plugin.training._mesh import ALONE, Mesh
 from clt_plugin.training._selection import SPARSE_FORMS, SparseForm
 from clt_plugin.training.forward import ForwardPass, GroupActivity, about_group
 
@@ -30,81 +32,6 @@ SPARSE_BELOW = 0.1
 """The density of entries kept under which the sparse step is the faster: see ``benchmarks/training.py --crossover``."""
 
 PATHS = ("auto", "dense", "sparse")
-
-
-@dataclass(frozen=True, eq=False)
-class Entries:
-    """Which entries of a group's (B, F) activations are kept.
-
-    Attributes:
-        flat: Their flat indices, token * F + latent, (n,): by ascending token, in any order within one.
-        n_tokens: B.
-        n_latents: F.
-    """
-
-    flat: Tensor
-    n_tokens: int
-    n_latents: int
-
-    @property
-    def density(self) -> float:
-        """The share of all entries that is kept."""
-        return len(self.flat) / max(1, self.n_tokens * self.n_latents)
-
-    @cached_property
-    def starts(self) -> Tensor:
-        """Where each token's entries start, (B,)."""
-        # Flat indices are in order as far as tokens go, which is all that a search for a token's first one needs.
-        first = torch.arange(0, self.n_tokens * self.n_latents, self.n_latents, device=self.flat.device)
-        return torch.searchsorted(self.flat, first)
-
-    @cached_property
-    def tokens(self) -> Tensor:
-        """The token of each entry, (n,), ascending."""
-        # Counted out: a division of every flat index takes several times as long.
-        counts = torch.diff(self.starts, append=self.starts.new_tensor([len(self.flat)]))
-        return torch.repeat_interleave(counts, output_size=len(self.flat))
-
-    @cached_property
-    def latents(self) -> Tensor:
-        """The latent of each entry, (n,)."""
-        return self.flat - self.tokens * self.n_latents
-
-    @cached_property
-    def by_latent(self) -> ByLatent:
-        """The entries by latent, then token: sorted once for all gradients."""
-        # Sorting 16 bits takes a third of the time that 64 take.
-        few = torch.int16 if self.n_latents < 2**15 else torch.int32
-        latents, order = self.latents.to(few).sort(stable=True)
-        starts = torch.searchsorted(latents, torch.arange(self.n_latents, dtype=few, device=latents.device))
-        return ByLatent(order, self.tokens.index_select(0, order), starts)
-
-
-@dataclass(frozen=True, eq=False)
-class ByLatent:
-    """Entries by latent, then token.
-
-    Attributes:
-        order: Which entry each is, (n,).
-        tokens: Its token, (n,).
-        starts: Where each latent's entries start, (F,).
-    """
-
-    order: Tensor
-    tokens: Tensor
-    starts: Tensor
-
-
-def sum_rows(rows: Tensor, indices: Tensor, starts: Tensor, values: Tensor) -> Tensor:
-    """Return sums of ``values[i] * rows[indices[i]]``, one for each start, (n_sums, width).
-
-    Args:
-        rows: (n_rows, width).
-        indices: Into rows, (n,), those of each sum side by side.
-        starts: Where those of each sum start, (n_sums,).
-        values: (n,); the sums are differentiable in them.
-    """
-    return F.embedding_bag(indices, rows, starts, mode="sum", per_sample_weights=values)
 
 
 # ---------------------------------------------------------------- gradients
@@ -149,18 +76,21 @@ class _Plan:
 
     Attributes:
         entries: For each group its entries kept, or None where it is dense.
-        columns: For each group (columns of all outputs side by side, columns of the group's decoder), run by run.
+        pieces: The columns of all outputs side by side, cut into pieces.
+        places: For each group the pieces that it writes, in the order of its decoder's columns.
         sizes: The width of every written site, in the order of the wiring.
     """
 
     entries: tuple[Entries | None, ...]
-    columns: tuple[tuple[tuple[slice, slice], ...], ...]
+    pieces: tuple[slice, ...]
+    places: tuple[tuple[int, ...], ...]
     sizes: tuple[int, ...]
 
-    def of_group(self, group: int, y: Tensor) -> Tensor:
-        """Return the columns of (B, all outputs) that a group writes, (B, o), contiguous."""
-        parts = [y[:, columns] for columns, _ in self.columns[group]]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).contiguous()
+    def columns(self, group: int) -> list[slice]:
+        """Return the columns of a group's decoder that write each of its pieces."""
+        widths = [self.pieces[place].stop - self.pieces[place].start for place in self.places[group]]
+        stops = list(accumulate(widths))
+        return [slice(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
 
 
 class _Decode(torch.autograd.Function):
@@ -172,15 +102,13 @@ class _Decode(torch.autograd.Function):
         acts, weights, biases = tensors[:n_groups], tensors[n_groups : 2 * n_groups], tensors[2 * n_groups :]
         ctx.save_for_backward(*acts, *weights)
         ctx.plan = plan
-        y = torch.cat(biases).repeat(n_tokens, 1)
+        bias = torch.cat(biases)
+        y = [bias[each].repeat(n_tokens, 1) for each in plan.pieces]
         for g, kept in enumerate(plan.entries):
-            if kept is None:
-                part = acts[g] @ weights[g]
-            else:
-                part = sum_rows(weights[g].detach(), kept.latents, kept.starts, acts[g].detach())
-            for here, there in plan.columns[g]:
-                y[:, here] += part[:, there]
-        return y
+            written = _written(kept, acts[g].detach(), weights[g].detach(), plan.columns(g))
+            for place, part in zip(plan.places[g], written, strict=True):
+                y[place] += part
+        return torch.cat(y, dim=1)
 
     @staticmethod
     @once_differentiable
@@ -188,29 +116,50 @@ class _Decode(torch.autograd.Function):
         plan: _Plan = ctx.plan
         n_groups = len(plan.entries)
         acts, weights = ctx.saved_tensors[:n_groups], ctx.saved_tensors[n_groups:]
+        pieces = pieces_of(grad, plan.pieces)
         grad_acts, grad_weights = [], []
         for g, kept in enumerate(plan.entries):
-            of_acts, of_weight = _decode_gradients(kept, plan.of_group(g, grad), acts[g], weights[g])
+            mine = [pieces[place] for place in plan.places[g]]
+            of_acts, of_weight = _decode_gradients(kept, mine, acts[g], weights[g])
             grad_acts.append(of_acts)
             grad_weights.append(of_weight)
         return None, None, *grad_acts, *grad_weights, *grad.sum(0).split(plan.sizes)
 
 
-def _decode_gradients(kept: Entries | None, grad: Tensor, acts: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _written(kept: Entries | None, acts: Tensor, weight: Tensor, columns: Sequence[slice]) -> Iterator[Tensor]:
+    """Give what a group writes by each of several columns of its decoder, (B, width)."""
+    if kept is not None and kept.in_pieces:
+        for piece in pieces_of(weight, columns):
+            yield sum_rows(piece, kept.latents, kept.starts, acts)
+        return
+    whole = acts @ weight if kept is None else sum_rows(weight, kept.latents, kept.starts, acts)
+    for each in columns:
+        yield whole[:, each]
+
+
+def _decode_gradients(
+    kept: Entries | None, pieces: Sequence[Tensor], acts: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the gradients of a group's activations, (n,) or (B, F), and of its decoder, (F, o).
 
-    The decoder's gradient G is linear in the activations, ``G_i = sum_t a_ti g_t`` with g the output's gradient, so
-    that the derivative of ``<G, W>`` by an activation is ``g_t . W_i``: the activation's gradient. Sorted by latent,
-    both gather rows of g, which is smaller than the decoder.
+    Args:
+        kept: Its entries kept, or None where it is dense.
+        pieces: The gradient of what it writes, (B, o) in pieces side by side.
+        acts: Its activations, (n,) or (B, F).
+        weight: Its decoder, (F, o).
     """
+    grad = torch.cat(list(pieces), dim=1)
     if kept is None:
         return grad @ weight.T, acts.T @ grad
+    # By latent, so that both gather rows of the gradient, which is smaller than the decoder.
     by = kept.by_latent
-    with torch.enable_grad():
-        sorted_acts = acts.index_select(0, by.order).requires_grad_()
-        grad_weight = sum_rows(grad, by.tokens, by.starts, sorted_acts)
-    (grad_sorted,) = torch.autograd.grad(grad_weight, sorted_acts, weight)
-    return torch.empty_like(acts).scatter_(0, by.order, grad_sorted), grad_weight.detach()
+    sorted_acts = acts.index_select(0, by.order)
+    dots = dot_rows(weight, by.latents, by.starts, grad, by.tokens)
+    grad_acts = torch.empty_like(acts).scatter_(0, by.order, dots)
+    if not kept.in_pieces:
+        return grad_acts, sum_rows(grad, by.tokens, by.starts, sorted_acts)
+    sums = [sum_rows(piece, by.tokens, by.starts, sorted_acts) for piece in pieces]
+    return grad_acts, torch.cat(sums, dim=1)
 
 
 # ---------------------------------------------------------------- one pass
@@ -221,6 +170,7 @@ def forward_pass(
     x: Tensor | Mapping[Site, Tensor],
     y: Tensor | Mapping[Site, Tensor],
     path: str = "auto",
+    mesh: Mesh = ALONE,
     **more: Any,
 ) -> ForwardPass:
     """Run a crosscoder over a batch, sparse where sparse; the same values and gradients as `ForwardPass.of`.
@@ -234,6 +184,7 @@ def forward_pass(
         y: What it should write, stacked or by site.
         path: ``"sparse"``, ``"dense"``, or ``"auto"``: sparse for each group of which less than `SPARSE_BELOW` is kept.
             Activations that `SPARSE_FORMS` does not know are dense.
+        mesh: The processes that have the other latents and tokens: see `clt_plugin.training.parallel`.
         **more: Further attributes of the `ForwardPass`.
     """
     if path not in PATHS:
@@ -242,15 +193,15 @@ def forward_pass(
     inputs, targets = by_site(x, wiring.read_sites), by_site(y, wiring.write_sites)
     reads = [read(crosscoder, g, inputs).to(crosscoder.dtype) for g in range(wiring.n_groups)]
     if crosscoder.activation.joint:
-        found = _activate_jointly(crosscoder, reads, path)
+        found = _activate_jointly(crosscoder, reads, path, mesh)
     else:
-        found = [_activate(crosscoder, g, reads[g], path) for g in range(wiring.n_groups)]
-    outputs = _outputs(crosscoder, found, inputs, len(reads[0]))
+        found = [_activate(crosscoder, g, reads[g], path, mesh) for g in range(wiring.n_groups)]
+    outputs = _outputs(crosscoder, found, inputs, len(reads[0]), mesh)
     groups = tuple(
         GroupActivity(each.acts, each.pre, len(reads[g]), **each.form(), **about_group(crosscoder, g, reads[g]))
         for g, each in enumerate(found)
     )
-    return ForwardPass(crosscoder, groups, inputs, targets, outputs, **more)
+    return ForwardPass(crosscoder, groups, inputs, targets, outputs, mesh=mesh, **more)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,33 +220,36 @@ class _Activated:
         return {"tokens": self.entries.tokens, "latents": self.entries.latents, "complete": self.complete}
 
 
-def _activate(crosscoder: Crosscoder, group: int, x: Tensor, path: str) -> _Activated:
+def _activate(crosscoder: Crosscoder, group: int, x: Tensor, path: str, mesh: Mesh) -> _Activated:
     h = _pre_activations(crosscoder, group, x)
-    kept, form = None, SPARSE_FORMS.get(type(crosscoder.activation))
-    if form is not None and path != "dense":
+    activation = crosscoder.activation
+    kept, form, across = None, SPARSE_FORMS.get(type(activation)), competes(mesh, activation, crosscoder.training)
+    if form is not None and (path != "dense" or across):
         threshold = None if crosscoder.threshold is None else crosscoder.threshold[group].detach()
-        scale = score_scale(crosscoder, group)
-        flat = form.keep(crosscoder.activation, h.detach(), threshold, scale, crosscoder.training)
+        flat = _kept(crosscoder, activation, form, h.detach(), threshold, score_scale(crosscoder, group), mesh)
         kept = Entries(flat, *h.shape)
     if form is None or kept is None or not _is_sparse(kept.density, path):
-        return _Activated(crosscoder.activate(group, h), h)
+        acts = _at(form, activation, h, kept.flat) if across and kept and form else crosscoder.activate(group, h)
+        return _Activated(acts, h)
     return _sparsely(crosscoder, group, x, h, kept, form)
 
 
-def _activate_jointly(crosscoder: Crosscoder, reads: Sequence[Tensor], path: str) -> list[_Activated]:
+def _activate_jointly(crosscoder: Crosscoder, reads: Sequence[Tensor], path: str, mesh: Mesh) -> list[_Activated]:
     every, activation, sizes = range(len(reads)), crosscoder.activation, crosscoder.group_sizes
     hs = [_pre_activations(crosscoder, g, reads[g]) for g in every]
     threshold = None if crosscoder.threshold is None else crosscoder.threshold[0].detach()
     scales = [score_scale(crosscoder, g) for g in every]
-    form = SPARSE_FORMS.get(type(activation))
-    flat = None
-    if form is not None and path != "dense":
+    flat, form, across = None, SPARSE_FORMS.get(type(activation)), competes(mesh, activation, crosscoder.training)
+    if form is not None and (path != "dense" or across):
         together = torch.cat([h.detach() for h in hs], dim=1)
         given = [scale for scale in scales if scale is not None]
         scale = torch.cat(given) if given else None
-        flat = form.keep(activation.over_groups(len(hs)), together, threshold, scale, crosscoder.training)
+        flat = _kept(crosscoder, activation.over_groups(len(hs)), form, together, threshold, scale, mesh)
     if form is None or flat is None or not _is_sparse(len(flat) / max(1, together.numel()), path):
-        acts = activate_jointly(activation, hs, threshold, scales, crosscoder.training)
+        if across and flat is not None and form is not None:
+            acts = list(_at(form, activation, torch.cat(hs, dim=1), flat).split(sizes, dim=1))
+        else:
+            acts = activate_jointly(activation, hs, threshold, scales, crosscoder.training)
         return [_Activated(act, h) for act, h in zip(acts, hs, strict=True)]
     tokens, starts = flat // sum(sizes), [sum(sizes[:g]) for g in every]
     latents = flat - tokens * sum(sizes)
@@ -308,8 +262,24 @@ def _activate_jointly(crosscoder: Crosscoder, reads: Sequence[Tensor], path: str
 
 
 def _pre_activations(crosscoder: Crosscoder, group: int, x: Tensor) -> Tensor:
-    # One product with the bias added to it: `Crosscoder.pre_activations` adds it in a pass of its own.
-    return torch.addmm(crosscoder.b_enc[group], x, crosscoder.W_enc[group])
+    # One product with the bias added to it: `Crosscoder.pre_activations` adds it in a pass of its own. Under autocast
+    # it is of lower precision, and all that follows is not.
+    return torch.addmm(crosscoder.b_enc[group], x, crosscoder.W_enc[group]).to(crosscoder.dtype)
+
+
+def _kept(
+    crosscoder: Crosscoder, activation: Activation, form: SparseForm, h: Tensor, threshold: Any, scale: Any, mesh: Mesh
+) -> Tensor:
+    """Return the flat indices of pre-activations that are kept, by ascending token."""
+    if competes(mesh, activation, crosscoder.training):
+        return select(mesh, activation, h, scale)
+    return form.keep(activation, h, threshold, scale, crosscoder.training)
+
+
+def _at(form: SparseForm, activation: Activation, h: Tensor, flat: Tensor) -> Tensor:
+    """Return dense activations, (B, F), where those selected are known by their flat indices."""
+    selected = torch.zeros(h.numel(), dtype=torch.bool, device=h.device).index_fill_(0, flat, True)
+    return form.act(activation, h, None) * selected.view_as(h)
 
 
 def _sparsely(crosscoder: Crosscoder, group: int, x: Tensor, h: Tensor, kept: Entries, form: SparseForm) -> _Activated:
@@ -322,19 +292,29 @@ def _sparsely(crosscoder: Crosscoder, group: int, x: Tensor, h: Tensor, kept: En
 
 
 def _is_sparse(density: float, path: str) -> bool:
-    return path == "sparse" or density < SPARSE_BELOW
+    return path == "sparse" or (path == "auto" and density < SPARSE_BELOW)
 
 
 def _outputs(
-    crosscoder: Crosscoder, found: Sequence[_Activated], inputs: Mapping[Site, Tensor], n_tokens: int
+    crosscoder: Crosscoder, found: Sequence[_Activated], inputs: Mapping[Site, Tensor], n_tokens: int, mesh: Mesh
 ) -> dict[Site, Tensor]:
     """Decode what all groups did, {site: (B, d_site)}, with biases and affine skips."""
     layout, sites = crosscoder.layout, crosscoder.wiring.write_sites
     sizes = tuple(layout.width[site] for site in sites)
-    starts = {site: sum(sizes[:i]) for i, site in enumerate(sites)}
-    columns = tuple(_runs(slices, starts) for slices in layout.write_slices)
-    plan = _Plan(tuple(each.entries for each in found), columns, sizes)
-    y = _Decode.apply(plan, n_tokens, *(each.acts for each in found), *crosscoder.W_dec, *crosscoder.b_dec)
+    pieces = cut(sizes, crosscoder.device)
+    numbers, first = {}, 0
+    for site, own in zip(sites, pieces, strict=True):
+        numbers[site] = range(first, first + len(own))
+        first += len(own)
+    places = tuple(tuple(number for site in slices for number in numbers[site]) for slices in layout.write_slices)
+    plan = _Plan(tuple(each.entries for each in found), tuple(chain.from_iterable(pieces)), places, sizes)
+    biases, acts = [*crosscoder.b_dec], [each.acts for each in found]
+    if mesh.n_latent == 1:
+        y = _Decode.apply(plan, n_tokens, *acts, *crosscoder.W_dec, *biases)
+    else:
+        # What each process's latents write is summed, and biases are added once.
+        nothing = [torch.zeros_like(bias) for bias in biases]
+        y = mesh.over_latents(_Decode.apply(plan, n_tokens, *acts, *crosscoder.W_dec, *nothing)) + torch.cat(biases)
     # One split, whose backward pass is one concatenation: slices would each fill a whole gradient with zeros.
     outputs = dict(zip(sites, y.split(sizes, dim=1), strict=True))
     for site in sites:
@@ -342,15 +322,3 @@ def _outputs(
         if skip is not None:
             outputs[site] = outputs[site] + skip
     return outputs
-
-
-def _runs(slices: Mapping[Site, slice], starts: Mapping[Site, int]) -> tuple[tuple[slice, slice], ...]:
-    """Pair the columns of all outputs side by side with those of a group's decoder; neighbours make one run."""
-    runs: list[tuple[slice, slice]] = []
-    for site, there in slices.items():
-        here = slice(starts[site], starts[site] + there.stop - there.start)
-        if runs and runs[-1][0].stop == here.start:
-            here, there = slice(runs[-1][0].start, here.stop), slice(runs[-1][1].start, there.stop)
-            runs.pop()
-        runs.append((here, there))
-    return tuple(runs)

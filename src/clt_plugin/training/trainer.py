@@ -12,11 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_
 
 from clt_plugin.core import Crosscoder, Site
 from clt_plugin.training._groups import by_site
+from clt_plugin.training._seen import Seen, fired
 from clt_plugin.training.config import ConfigError, TrainConfig
-from clt_plugin.training.forward import ForwardPass, GroupActivity
+from clt_plugin.training.forward import ForwardPass
+from clt_plugin.training.parallel import ALONE, Mesh, as_shared, check, gradient_norm, share_axis
 from clt_plugin.training.penalties import SparsityPenalty, total
 from clt_plugin.training.schedules import learning_rate, rising
 from clt_plugin.training.sparse import forward_pass
@@ -74,9 +77,11 @@ class Trainer:
         crosscoder: In memory; it is changed. With `standard` it acts on standard units, and `finished` folds it.
         config: How to train it. Of what a config says, model, data and start do not matter here.
         standard: How activations are standardised; None for as they come.
+        mesh: The processes that train together, each with its share of the crosscoder: see
+            `clt_plugin.training.parallel`. All of them take every step, with the same activations.
 
     Attributes:
-        crosscoder: The crosscoder, as it is by now.
+        crosscoder: The crosscoder, as it is by now: this process's share of it.
         n_done: How many steps were taken.
         silent: For each group and latent, the number of tokens since it fired, (F,).
 
@@ -85,10 +90,13 @@ class Trainer:
     ...     print(trainer.step(reads, writes).fvu)
     """
 
-    def __init__(self, crosscoder: Crosscoder, config: TrainConfig, standard: Standard | None = None) -> None:
+    def __init__(
+        self, crosscoder: Crosscoder, config: TrainConfig, standard: Standard | None = None, mesh: Mesh = ALONE
+    ) -> None:
         if crosscoder.is_lazy:
             raise ConfigError("a lazy crosscoder's weights are in files: train crosscoder.materialize()")
-        self.crosscoder, self.config, self.standard = crosscoder.train(), config, standard
+        check(config, crosscoder.activation, mesh)
+        self.crosscoder, self.config, self.standard, self.mesh = crosscoder.train(), config, standard, mesh
         self.n_done = 0
         self.optimizer = make_adam(crosscoder, config)
         self.controller = make_controller(crosscoder, config)
@@ -117,28 +125,28 @@ class Trainer:
         config, wiring = self.config, self.crosscoder.wiring
         # Read first: a step that the schedule does not have must not leave gradients behind.
         rate = learning_rate(self.n_done, config.n_steps, config.optimizer.falls_over, config.optimizer.warm_up)
-        x, y = self.standardised(reads, wiring.read_sites), self.standardised(writes, wiring.write_sites)
+        x, y = by_site(reads, wiring.read_sites), by_site(writes, wiring.write_sites)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = list(_parts(config.optimizer.accumulate, x, y, more))
-        seen = [self._part(part, 1 / len(parts)) for part in parts]
+        parts = list(_parts(config.optimizer.accumulate, x, y, more, self.mesh))
+        seen = Seen.mean_of([self._part(part, 1 / len(parts)) for part in parts]).over(self.mesh)
         norm = self._update(rate * config.optimizer.learning_rate)
-        l0 = torch.stack([part.l0 for part in seen]).mean(0).tolist()
-        pressure = self._pressure()
+        l0, pressure = seen.l0.tolist(), self._pressure()
         if self.controller is not None:
             self.controller.update(l0)
         self.n_done += 1
         return self._metrics(seen, l0, rate, norm, pressure)
 
-    def _part(self, part: tuple[dict[Site, Tensor], dict[Site, Tensor], dict[str, Any]], share: float) -> _Seen:
+    def _part(self, part: tuple[dict[Site, Tensor], dict[Site, Tensor], dict[str, Any]], share: float) -> Seen:
         """Go forward and backward over a part of a batch, and add up gradients."""
         x, y, more = part
-        run, loss, error, penalties = self._loss(x, y, more)
-        if not bool(torch.isfinite(loss)):
-            raise self._not_finite(f"the loss is {loss.item()}")
+        run, loss, error, penalties = self._loss(self.standardised(x), self.standardised(y), more)
+        everywhere = self.mesh.mean(loss.detach())
+        if not bool(torch.isfinite(everywhere)):
+            raise self._not_finite(f"the loss is {everywhere.item()}")
         (loss * share).backward()
         with torch.no_grad():
             self._count(run)
-            return _Seen.of(run, loss, error, penalties)
+            return Seen.of(run, loss, error, penalties)
 
     def _loss_of(
         self, x: dict[Site, Tensor], y: dict[Site, Tensor], more: dict[str, Any]
@@ -150,7 +158,7 @@ class Trainer:
         low = config.precision == "bfloat16"
         with torch.autocast(self.crosscoder.device.type, torch.bfloat16, enabled=low):
             path = "dense" if config.compile else config.path
-            run = forward_pass(self.crosscoder, x, y, path, dead=dead, **more)
+            run = forward_pass(self.crosscoder, x, y, path, self.mesh, dead=dead, **more)
         error = run.error()
         penalty, shown = total(config.sparsity.penalties, run, rise, self._pressure())
         return run, error + penalty, error, shown
@@ -164,10 +172,15 @@ class Trainer:
     def _update(self, rate: float) -> float | None:
         """Move the weights; return the gradient's norm, where it was measured."""
         clip, norm = self.config.optimizer.clip, None
+        for name, parameter in self.crosscoder.named_parameters():
+            if parameter.grad is not None:
+                self.mesh.average(parameter.grad, is_share=share_axis(self.crosscoder, name) is not None)
         if clip is not None:
-            norm = float(torch.nn.utils.clip_grad_norm_(self.crosscoder.parameters(), clip))
+            found = gradient_norm(self.crosscoder, self.mesh)
+            norm = float(found)
             if not norm < float("inf"):
                 raise self._not_finite(f"the gradient's norm is {norm}")
+            clip_grads_with_norm_(self.crosscoder.parameters(), clip, found)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.optimizer.step()
@@ -185,35 +198,34 @@ class Trainer:
 
     def _count(self, run: ForwardPass) -> None:
         """Count for each latent the tokens since it fired."""
-        for silent, group in zip(self.silent, run.groups, strict=True):
-            silent += group.n_tokens
-            silent[fired(group)] = 0
+        active = self.mesh.any_token(fired(group) for group in run.groups)
+        for silent, group, mask in zip(self.silent, run.groups, active, strict=True):
+            silent += group.n_tokens * self.mesh.n_data
+            silent[mask] = 0
 
     def _pressure(self) -> float | list[float]:
         return 1.0 if self.controller is None else self.controller.pressure
 
     def _metrics(
-        self, seen: list[_Seen], l0: list[float], rate: float, norm: float | None, pressure: float | list[float]
+        self, seen: Seen, l0: list[float], rate: float, norm: float | None, pressure: float | list[float]
     ) -> Metrics:
-        error, variance = torch.stack([s.error for s in seen]).mean(), torch.stack([s.variance for s in seen]).mean()
-        names = seen[0].penalties
-        numbers = {name: torch.stack([s.penalties[name] for s in seen]).mean().item() for name in names}
-        dead = [float((silent > self.config.sparsity.dead_after).float().mean()) for silent in self.silent]
-        learnt = self.crosscoder.threshold if self.crosscoder.activation.has_threshold else None
-        near = torch.stack([s.near for s in seen]).mean(0).tolist() if learnt else []
+        learnt = self.crosscoder.threshold if self.crosscoder.activation.has_threshold else ()
+        dead = torch.stack([(silent > self.config.sparsity.dead_after).float().mean() for silent in self.silent])
         return Metrics(
             step=self.n_done - 1,
-            loss=torch.stack([s.loss for s in seen]).mean().item(),
-            error=error.item(),
-            fvu=(error / variance).item(),
+            loss=seen.loss.item(),
+            error=seen.error.item(),
+            fvu=(seen.error / seen.variance).item(),
             l0=tuple(l0),
-            dead=tuple(dead),
-            penalties=numbers,
+            dead=tuple(self.mesh.mean(dead).tolist()),
+            penalties={name: value.item() for name, value in seen.penalties.items()},
             learning_rate=rate * self.config.optimizer.learning_rate,
             gradient_norm=norm,
             pressure=tuple(pressure) if isinstance(pressure, list) else (pressure,),
-            threshold=tuple(float(t.detach().mean()) for t in learnt or ()),
-            near=tuple(near),
+            threshold=tuple(self.mesh.mean(torch.stack([t.detach().mean() for t in learnt])).tolist())
+            if learnt
+            else (),
+            near=tuple(seen.near.tolist()) if learnt else (),
         )
 
     def standardised(
@@ -233,31 +245,41 @@ class Trainer:
 
     # ---------------------------------------------------------------- where it stands
 
-    def finished(self, sample: Tensor | Mapping[Site, Tensor] | None = None) -> Crosscoder:
+    def finished(
+        self, sample: Tensor | Mapping[Site, Tensor] | None = None, crosscoder: Crosscoder | None = None
+    ) -> Crosscoder:
         """Return the crosscoder as it is by now, acting on raw activations, in evaluation mode: a copy.
 
         Args:
             sample: What it reads on some tokens, raw, on which a BatchTopK's threshold is measured.
+            crosscoder: The whole one, where this trainer has a share (`clt_plugin.training.parallel.put_together`); it
+                is changed, and not copied.
         """
-        crosscoder = self.crosscoder
+        if crosscoder is None or crosscoder is self.crosscoder:
+            crosscoder = copy.deepcopy(self.crosscoder)
         if sample is not None and crosscoder.activation.has_batch_threshold:
-            crosscoder = copy.deepcopy(crosscoder)
-            crosscoder.estimate_threshold(self.standardised(sample))
+            on_device = {site: x.to(crosscoder.device) for site, x in self.standardised(sample).items()}
+            crosscoder.estimate_threshold(on_device)
         return self.folded(crosscoder)
 
-    def folded(self, crosscoder: Crosscoder | None = None) -> Crosscoder:
-        """Return a copy of a crosscoder in units of training, this one by default, that acts on raw activations."""
-        crosscoder = self.crosscoder if crosscoder is None else crosscoder
-        folded = copy.deepcopy(crosscoder) if self.standard is None else fold(crosscoder, self.standard)
+    def folded(self, crosscoder: Crosscoder) -> Crosscoder:
+        """Have a crosscoder in units of training act on raw activations, in place; a copy, where it is this one."""
+        if crosscoder is self.crosscoder:
+            crosscoder = copy.deepcopy(crosscoder)
+        folded = crosscoder if self.standard is None else fold(crosscoder, self.standard, in_place=True)
         return folded.eval().requires_grad_(False)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return every tensor that a step changes, by name: weights, Adam's moments, counts. They are not copies."""
-        found = {f"silent/{g}": silent for g, silent in enumerate(self.silent)}
+        """Return every tensor that a step changes, by name: weights, Adam's moments, counts. They are not copies.
+
+        Where latents are shared, they are DTensors: a checkpoint of them can be loaded by another number of processes.
+        """
+        found = {f"silent/{g}": as_shared(silent, 0, self.mesh) for g, silent in enumerate(self.silent)}
         for name, parameter in self.crosscoder.named_parameters():
-            found[f"weights/{name}"] = parameter.detach()
+            axis = share_axis(self.crosscoder, name)
+            found[f"weights/{name}"] = as_shared(parameter.detach(), axis, self.mesh)
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"adam/{name}/{key}"] = value
+                found[f"adam/{name}/{key}"] = as_shared(value, axis if value.ndim else None, self.mesh)
         return found
 
     def numbers(self) -> dict[str, Any]:
@@ -270,43 +292,6 @@ class Trainer:
         self.n_done = int(numbers["n_done"])
         if self.controller is not None:
             self.controller.load_state_dict(numbers["controller"])
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """What is kept of a part of a batch: numbers, while its graph is let go."""
-
-    loss: Tensor
-    error: Tensor
-    variance: Tensor
-    l0: Tensor
-    near: Tensor
-    penalties: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, run: ForwardPass, loss: Tensor, error: Tensor, penalties: dict[str, Tensor]) -> _Seen:
-        spreads = [(y - y.mean(0)).square().sum(-1).mean() for y in run.targets.values()]
-        l0 = [group.sum_per_token((group.acts != 0).to(group.acts.dtype)) for group in run.groups]
-        near = [_near(group) for group in run.groups]
-        variance = torch.stack(spreads).sum()
-        return cls(loss.detach(), error.detach(), variance, torch.stack(l0), torch.stack(near), penalties)
-
-
-def _near(group: GroupActivity) -> Tensor:
-    """Return the share of a group's pre-activations within its thresholds' bandwidth; 0 without thresholds."""
-    if group.threshold is None:
-        return group.acts.new_zeros(())
-    inside = (group.pre - group.per_entry(group.threshold)).abs() < group.bandwidth / 2
-    return inside.sum() / (group.n_tokens * group.n_latents)
-
-
-def fired(group: GroupActivity) -> Tensor:
-    """Return which of a group's latents are active on any token, (F,) of bool."""
-    if group.latents is None:
-        return (group.acts != 0).any(0)
-    result = torch.zeros(group.n_latents, dtype=torch.bool, device=group.acts.device)
-    result[group.latents[group.acts != 0]] = True
-    return result
 
 
 # ---------------------------------------------------------------- what a trainer is made of
@@ -348,17 +333,19 @@ def make_controller(crosscoder: Crosscoder, config: TrainConfig) -> L0Controller
 
 
 def _parts(
-    n: int, x: dict[Site, Tensor], y: dict[Site, Tensor], more: dict[str, Any]
+    n: int, x: dict[Site, Tensor], y: dict[Site, Tensor], more: dict[str, Any], mesh: Mesh
 ) -> Iterator[tuple[dict[Site, Tensor], dict[Site, Tensor], dict[str, Any]]]:
-    """Cut a batch into n parts of equally many tokens."""
+    """Cut a batch into n parts of equally many tokens, and give this process's share of each."""
     n_tokens = len(next(iter(x.values())))
     different = {len(value) for value in (*x.values(), *y.values())}
-    if different != {n_tokens} or n_tokens == 0 or n_tokens % n:
+    if different != {n_tokens} or n_tokens == 0 or n_tokens % (n * mesh.n_data):
         raise ConfigError(
-            f"reads and writes hold the same tokens, at least one, in {n} equal part(s): they hold {sorted(different)}"
+            f"reads and writes hold the same tokens, at least one, in {n * mesh.n_data} equal part(s): they hold "
+            f"{sorted(different)}"
         )
     size = n_tokens // n
+    own = mesh.rows(size)
     for begin in range(0, n_tokens, size):
-        taken = slice(begin, begin + size)
+        taken = slice(begin + own.start, begin + own.stop)
         some = {key: {k: v[taken] for k, v in value.items()} for key, value in more.items()}
         yield {s: v[taken] for s, v in x.items()}, {s: v[taken] for s, v in y.items()}, some

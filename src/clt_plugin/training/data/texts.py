@@ -123,12 +123,21 @@ class Texts:
         return digest([dict(self.about), self.count, self.shuffle, first.hexdigest()])
 
 
-def texts_from_hub(name: str, split: str = "train", *, column: str = "text", stream: bool = True, **more: Any) -> Texts:
+def texts_from_hub(
+    name: str,
+    split: str = "train",
+    *,
+    config: str | None = None,
+    column: str = "text",
+    stream: bool = True,
+    **more: Any,
+) -> Texts:
     """Read texts from a data set on the Hugging Face Hub, by the library ``datasets``.
 
     Args:
         name: The data set, ``owner/name``.
         split: Which split.
+        config: Which configuration, of a data set that has several.
         column: The column with the text.
         stream: Whether to read it as it is used, and not to download it first.
         **more: Further arguments of ``datasets.load_dataset``: give ``revision=``, a commit, so that a run that is
@@ -141,8 +150,9 @@ def texts_from_hub(name: str, split: str = "train", *, column: str = "text", str
         from datasets import load_dataset
     except ImportError as error:
         raise DataError("data sets of the Hub need the library datasets: pip install datasets") from error
-    texts = Texts.of(load_dataset(name, split=split, streaming=stream, **more), column=column)
-    return Texts(texts.read, {**texts.about, "name": name, "split": split}, texts.item, texts.count)
+    which = (name,) if config is None else (name, config)
+    texts = Texts.of(load_dataset(*which, split=split, streaming=stream, **more), column=column)
+    return Texts(texts.read, {**texts.about, "name": "/".join(which), "split": split}, texts.item, texts.count)
 
 
 def _check_column(source: Any, column: str) -> None:
