@@ -138,14 +138,17 @@ class Call:
     def repeat(self, module: nn.Module, hidden: Tensor) -> Tensor:
         """Call a module so again, in the dtype of other hidden states, (rows, position, d); return its output."""
         wide = hidden.dtype
-        state = {f"module.{key}": _cast(value, wide) for key, value in module.state_dict(keep_vars=True).items()}
         args = tuple(_cast(value, wide) for value in self.args or ())
         kwargs = {key: _cast(value, wide) for key, value in self.kwargs.items()}
         if self.args is None:
             kwargs["hidden_states"] = hidden
         else:
             args = (hidden, *args)
-        return functional_call(_Bare(module), state, args, kwargs)[0]
+        state = module.state_dict(keep_vars=True)
+        if all(_cast(value, wide) is value for value in state.values()):
+            return module.forward(*args, **kwargs)[0]
+        cast = {f"module.{key}": _cast(value, wide) for key, value in state.items()}
+        return functional_call(_Bare(module), cast, args, kwargs)[0]
 
 
 class _Bare(nn.Module):
@@ -225,11 +228,12 @@ def _value_output(
         eye[:basis].fill_diagonal_(1)
         return eye.view(n_rows, n, basis)
 
+    # One row of zeros besides, for what both sides add whatever they are given.
     now["give"] = lambda value: value.new_zeros(value.shape[0], n, heads, value.shape[-1])
-    output_bias = call.repeat(module, nothing)[0, 0]
-    value_bias = now["value"][0, :, 0].to(dtype)
-    call.repeat(module, rows(d))
-    W_V = now["value"].transpose(1, 2).flatten(0, 1)[:d].to(dtype) - value_bias
+    output_bias = call.repeat(module, torch.cat((nothing, rows(d))))[0, 0]
+    value = now["value"].transpose(1, 2).to(dtype)
+    value_bias = value[0, 0]
+    W_V = value[1:].flatten(0, 1)[:d] - value_bias
     outputs = rows(heads * W_V.shape[-1])
     now["give"] = lambda value: outputs.unflatten(-1, (heads, -1))
     W_O = call.repeat(module, nothing.repeat(len(outputs), 1, 1)).flatten(0, 1)[: outputs.shape[-1]] - output_bias

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -51,25 +50,26 @@ class FrozenNorm:
             FreezeError: The module is not of that form.
         """
         wide = torch.promote_types(x.dtype, torch.float32)
-        state = {f"norm.{key}": value.to(wide) for key, value in norm.state_dict(keep_vars=True).items()}
-        ask = partial(functional_call, _Bare(norm), state)
         signs = torch.ones(x.shape[-1], dtype=wide, device=x.device)
         signs[1::2] = -1
         # So large that epsilon is nothing beside it, and within reach of float16.
         large = 1e4
-        bias = ask(torch.zeros_like(signs))
-        answer = ask(large * signs) - bias
-        shifted = ask(large * (signs + 3)) - bias
+        # And so small that it is nothing beside epsilon.
+        small = 1e-12 * signs
+        probes = torch.stack((0 * signs, large * signs, large * (signs + 3), small))
+        # All at once: a norm takes each vector by itself.
+        answers = _answers(norm, torch.cat((probes, x.to(wide).flatten(0, -2))))
+        bias = answers[0]
+        answer, shifted, silent = answers[1:4] - bias
         centred = bool((shifted - answer).abs().max() < 1e-3 * answer.abs().max())
         direction = _centre(signs) if centred else signs
         gain = answer / (direction * direction.pow(2).mean().rsqrt())
         unscaled = gain * (_centre(x.to(wide)) if centred else x.to(wide))
-        scaled = ask(x.to(wide)) - bias
+        scaled = answers[4:].view(x.shape) - bias
         square = unscaled.pow(2).sum(-1, keepdim=True)
         # Where nothing comes in, nothing comes out at any scale: epsilon's own, as for a very small input.
-        small = 1e-12 * signs
-        silent = ((ask(small) - bias).norm() / (gain * small).norm()).nan_to_num()
-        scale = torch.where(square > 0, (unscaled * scaled).sum(-1, keepdim=True) / square, silent)
+        epsilons = (silent.norm() / (gain * small).norm()).nan_to_num()
+        scale = torch.where(square > 0, (unscaled * scaled).sum(-1, keepdim=True) / square, epsilons)
         if not bool(((unscaled * scale - scaled).abs() <= 1e-3 * gain.abs().max()).all()):
             raise FreezeError(
                 f"{name}, a {type(norm).__name__}, is not gain * centre(x) / denominator + bias, the only form of norm "
@@ -124,6 +124,14 @@ class FrozenNorm:
         # From the recorded output, not from zero: what was recorded comes back to the last bit.
         wide = self.gain.dtype
         return (self.y + self.linear(x.to(wide) - self.x.to(wide))).to(x.dtype)
+
+
+def _answers(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return what a norm makes of vectors, (n, d), in their dtype."""
+    state = norm.state_dict(keep_vars=True)
+    if all(value.dtype == x.dtype for value in state.values()):
+        return norm.forward(x)
+    return functional_call(_Bare(norm), {f"norm.{key}": value.to(x.dtype) for key, value in state.items()}, x)
 
 
 class _Bare(nn.Module):

@@ -224,15 +224,15 @@ class _Ablations:
     """
 
     def __init__(self, model: Any, crosscoder: Any, graph: Graph, freeze_attention: bool) -> None:
-        self.model, self.crosscoder, self.graph, self.frozen = model, crosscoder, graph, freeze_attention
         from clt_plugin.adapters._run import group_labels
 
+        self.model, self.crosscoder, self.graph, self.frozen = model, crosscoder, graph, freeze_attention
         features = graph.nodes[graph.nodes["kind"] == "feature"]
-        labels = group_labels(crosscoder.wiring)
-        self.where = {
-            int(place): (labels.index(row.group), row.position, row.feature)
-            for place, row in zip(features.index, features.itertuples(), strict=True)
-        }
+        # For each group the places of its features in the graph, their positions and their latents.
+        self.where = []
+        for label in group_labels(crosscoder.wiring):
+            own = features[features["group"] == label]
+            self.where.append(torch.tensor([own.index.tolist(), own["position"].tolist(), own["feature"].tolist()]))
 
     def __call__(self, places: Sequence[int], with_features: bool) -> Iterable[tuple[int, float, Tensor]]:
         """Yield each place, the KL of the last prediction, and every node's change of activation, (N,)."""
@@ -249,16 +249,17 @@ class _Ablations:
             ids = torch.tensor(self.graph.info.token_ids).expand(len(some), -1)
             run = intervene(self.model, ids, chain(*edits), clt=self.crosscoder, freeze_attention=self.frozen)
             kl = run.kl()
+            changes = self._changes(run, len(some)) if with_features else torch.empty(len(some), 0)
             for row, place in enumerate(some):
-                yield place, float(kl[row]), self._changes(run, row) if with_features else torch.empty(0)
+                yield place, float(kl[row]), changes[row]
 
-    def _changes(self, run: Any, row: int) -> Tensor:
-        changes = torch.zeros(len(self.graph), dtype=torch.float64)
-        change = [
-            run.after.dense(g)[row].double() - run.before.dense(g)[row].double() for g in range(len(run.before.groups))
-        ]
-        for place, (group, position, latent) in self.where.items():
-            changes[place] = change[group][position, latent]
+    def _changes(self, run: Any, n: int) -> Tensor:
+        """Return every node's change of activation in each row of a run, (n, N); 0 for those that are no features."""
+        changes = torch.zeros(n, len(self.graph), dtype=torch.float64)
+        for g, (places, positions, latents) in enumerate(self.where):
+            # One group at a time: dense activations of all would not fit.
+            before, after = (each.dense(g)[:, positions, latents].double().cpu() for each in (run.before, run.after))
+            changes[:, places] = after - before
         return changes
 
 

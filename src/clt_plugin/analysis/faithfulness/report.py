@@ -177,4 +177,6 @@ def _name_of(model: Any) -> str:
 def _spread(agreement: RankAgreement, part: str = "all") -> str:
     table = agreement.table
     row = table[(table["pairs"] == part) & (table["predictor"] == "influence")].iloc[0]
+    if row["spearman"] != row["spearman"]:
+        return "none that could be told (too few pairs, or all alike)"
     return f"{row['spearman']:.2f} ({row['low']:.2f} to {row['high']:.2f})"

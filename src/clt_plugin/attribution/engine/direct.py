@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clt_plugin.adapters._attention import blocks_of, part_of
 from clt_plugin.adapters._frozen import frozen as frozen_run
+from clt_plugin.adapters.huggingface import HostModel
+from clt_plugin.attribution.engine._vectors import Vectors
 from clt_plugin.attribution.engine.edges import Edges
 from clt_plugin.attribution.engine.local import LocalReplacement
 from clt_plugin.attribution.engine.resolve import Resolved
@@ -64,9 +68,8 @@ def column_residual(
 
 def _largest_write(sources: Sources, node: int) -> float:
     """Return the largest entry of all that a feature writes."""
-    one = torch.tensor([node], device=sources.errors.device)
-    group = int(sources.features.group[node])
-    return max(float(sources.vectors(layer, one).abs().max()) for layer in sources.rows[group].columns)
+    rows = sources.rows[int(sources.features.group[node])]
+    return float(rows.rows[rows.which[node]].abs().max() * sources.features.activation[node].abs())
 
 
 def direct_changes(hf: nn.Module, local: LocalReplacement, weights: Tensor, targets: Sequence[Resolved]) -> Tensor:
@@ -87,13 +90,11 @@ def direct_changes(hf: nn.Module, local: LocalReplacement, weights: Tensor, targ
     first = n_features + frozen.n_layers * frozen.n_positions
     errors = weights[:, n_features:first].view(k, frozen.n_layers, -1, 1)
     embedded = weights[:, first:-1, None] * sources.embeddings
-    given = {}
-    for site in wiring.write_sites:
-        nodes = sources.writing(site.layer)
-        nodes = nodes[nodes < n_features]
-        given[site] = errors[:, site.layer] * sources.errors[site.layer]
-        written = weights[:, nodes, None] * sources.vectors(site.layer, nodes)
-        given[site].index_add_(1, sources.position[nodes], written)
+    given = {site: sources.errors.new_zeros(k, *sources.errors.shape[1:]) for site in wiring.write_sites}
+    ordered = weights[:, sources.order]
+    for site, total in given.items():
+        for part in sources.written(site.layer):
+            part.add_to(total, ordered)
     reads = {site: sites[site] for site in wiring.read_sites}
     run = _Changed(crosscoder, {site: sites[site] for site in wiring.write_sites}, reads, given)
     held = {
@@ -104,7 +105,12 @@ def direct_changes(hf: nn.Module, local: LocalReplacement, weights: Tensor, targ
     rows = {key: v.expand(k, -1) if isinstance(v, Tensor) and v.ndim == 2 else v for key, v in local.inputs.items()}
     every = frozenset(range(frozen.n_layers))
     engine = Engine(hf, frozen.host, run, (), recording, every, held)
-    with torch.no_grad(), frozen_run(hf, frozen.host, recording), engine, _Ends(hf, embedded) as seen:
+    # Every MLP's output is given: none needs to run.
+    context = (torch.no_grad(), frozen_run(hf, frozen.host, recording), _idle_mlps(hf, frozen.host), engine)
+    with contextlib.ExitStack() as stack:
+        for each in context:
+            stack.enter_context(each)
+        seen = stack.enter_context(_Ends(hf, embedded))
         hf(**{**rows, "use_cache": False})
         moved = {site: (run.inputs[site] - reads[site]).to(frozen.dtype) for site in wiring.read_sites}
     unmeasured = torch.full((k, len(targets)), torch.nan, dtype=frozen.dtype, device=frozen.device)
@@ -117,6 +123,21 @@ def direct_changes(hf: nn.Module, local: LocalReplacement, weights: Tensor, targ
             change = change[:, list(target.coefficients)] - change.mean(-1, keepdim=True)
             found[:, n_features + number] = change @ shares
     return found
+
+
+@contextlib.contextmanager
+def _idle_mlps(hf: nn.Module, host: HostModel) -> Iterator[None]:
+    """Have MLPs put out zeros at once, as long as the context lasts: what takes the place of that is given."""
+    modules = [vars(part_of(block, host.architecture.mlp)) for block in blocks_of(hf, host)]
+    before = [{"forward": own["forward"]} if "forward" in own else {} for own in modules]
+    try:
+        for own in modules:
+            own["forward"] = torch.zeros_like
+        yield
+    finally:
+        for own, kept in zip(modules, before, strict=True):
+            del own["forward"]
+            own.update(kept)
 
 
 class _Changed(FixedRun):
@@ -141,15 +162,16 @@ class _Changed(FixedRun):
 def _changes_of_features(crosscoder: Crosscoder, sources: Sources, moved: Mapping[Site, Tensor]) -> Tensor:
     """Return how much each feature's pre-activation changes with what is read, (k, features)."""
     features, rows = sources.features, len(next(iter(moved.values())))
-    found = sources.errors.new_empty(rows, len(features))
+    found = sources.errors.new_zeros(len(features), rows)
     for g, sites in enumerate(crosscoder.wiring.reads):
         nodes = features.of_group(g)
         if len(nodes):
-            x = torch.cat([moved[site] for site in sites], dim=-1)[:, features.position[nodes]]
+            x = torch.cat([moved[site] for site in sites], dim=-1).transpose(0, 1)
             used, which = features.latent[nodes].unique(return_inverse=True)
             encoders = crosscoder.encoder_vectors(g, used.to(crosscoder.device)).detach().to(x)
-            found[:, nodes] = torch.einsum("knd,nd->kn", x, encoders[which])
-    return found
+            read = Vectors(nodes, features.position[nodes], encoders[which])
+            read.meet(x, 0, [slice(None)] * len(x), found)
+    return found.T
 
 
 class _Ends:

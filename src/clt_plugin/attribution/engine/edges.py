@@ -19,7 +19,7 @@ from clt_plugin.attribution.engine import pull as pulling
 from clt_plugin.attribution.engine import push as pushing
 from clt_plugin.attribution.engine.linear import FrozenMap
 from clt_plugin.attribution.engine.local import LocalReplacement
-from clt_plugin.attribution.engine.readings import Readings
+from clt_plugin.attribution.engine.readings import Readings, order_of
 from clt_plugin.attribution.engine.sources import Sources
 
 SHORT = 2e11
@@ -139,19 +139,17 @@ def all_edges(
     size = len(sources) - (not bias_node) + len(targets)
     whole = torch.zeros(size, size, dtype=frozen.dtype, device=frozen.device)
     tables = _tables(whole, n, len(readings))
-    if direction == "push":
-        _push_all(local, [features, targets], tables, devices, shown)
-    else:
-        for rows, found in _pulled(local, readings, devices, shown):
-            _put(tables, rows, found[:, : sources.bias])
-    bias = torch.cat(pushing.Push(frozen, sources, [features, targets]).bias())
+    if direction == "pull":
+        for rows, found in _pulled(local, readings, devices, shown, embeddings=False):
+            _put(tables, rows, found)
+    bias = _push(local, [features, targets], tables, direction == "pull", devices, shown)
     if bias_node:
         _put([table[:, sources.bias :] for table in tables], torch.arange(len(bias), device=bias.device), bias[:, None])
     sums, absolute = _sums(whole, n, len(readings))
     if not bias_node:
         sums, absolute = sums + bias, absolute + bias.abs()
-    every = torch.arange(n, device=frozen.device)
-    return Edges(whole, bias, bias_node, readings.values, sums, absolute, sums, every)
+    nodes = torch.arange(n, device=frozen.device)
+    return Edges(whole, bias, bias_node, readings.values, sums, absolute, sums, nodes)
 
 
 def _put(tables: Sequence[Tensor], rows: Tensor, found: Tensor) -> None:
@@ -159,16 +157,17 @@ def _put(tables: Sequence[Tensor], rows: Tensor, found: Tensor) -> None:
 
     Args:
         tables: The tables.
-        rows: The rows, ascending, (n,).
+        rows: The rows, (n,).
         found: (n, columns).
     """
-    columns, n_first = slice(0, found.shape[1]), int((rows < len(tables[0])).sum())
-    for table, here, shift in ((tables[0], slice(0, n_first), 0), (tables[1], slice(n_first, None), len(tables[0]))):
-        these = (rows[here] - shift).tolist()
-        if these and these[-1] - these[0] + 1 == len(these):
-            table[these[0] : these[-1] + 1, columns] = found[here]
-        elif these:
-            table[these, columns] = found[here]
+    is_first = rows < len(tables[0])
+    for table, here, shift in ((tables[0], is_first, 0), (tables[1], ~is_first, len(tables[0]))):
+        these = rows[here] - shift
+        if len(these):
+            part, into = found if len(these) == len(rows) else found[here], table[:, : found.shape[1]]
+            first = int(these[0])
+            follow = torch.equal(these, torch.arange(first, first + len(these), device=these.device))
+            into[slice(first, first + len(these)) if follow else these] = part
 
 
 def chosen_edges(
@@ -210,8 +209,8 @@ def chosen_edges(
     chosen = chosen[:budget].sort().values
     readings = Readings.join([local.readings(chosen), targets])
     # The features kept, errors, embeddings, the bias; the graph's last nodes are the targets.
-    kept = torch.cat((chosen, torch.arange(n, len(sources), device=frozen.device)))
-    size = len(kept) - (not bias_node) + len(targets)
+    kept = torch.cat((chosen, torch.arange(n, sources.bias, device=frozen.device)))
+    size = len(kept) + bias_node + len(targets)
     whole = torch.zeros(size, size, dtype=frozen.dtype, device=frozen.device)
     tables = _tables(whole, len(chosen), len(readings))
     bias = pushing.Push(frozen, sources, [readings]).bias()[0]
@@ -221,8 +220,9 @@ def chosen_edges(
         absolute[rows] += found.abs().sum(1)
         found = found[:, kept]
         remain[rows] += found.sum(1)
-        found[:, -1] = bias[rows]
-        _put(tables, rows, found if bias_node else found[:, :-1])
+        _put(tables, rows, found)
+    if bias_node:
+        _put([table[:, len(kept) :] for table in tables], torch.arange(len(bias), device=bias.device), bias[:, None])
     return Edges(whole, bias, bias_node, readings.values, sums, absolute, remain, chosen)
 
 
@@ -254,7 +254,7 @@ def _influence(
     shares = torch.tensor(weights, dtype=torch.float64, device=device)
     shares = shares / shares.sum() if bool(shares.sum() > 0) else shares
     for rows, found in _pulled(local, readings, devices, bar):
-        inputs = found[:, : sources.bias].abs().double()
+        inputs = found.abs().double()
         inputs = inputs / inputs.sum(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
         of_feature = rows < len(chosen)
         start = torch.where(of_feature, 0.0, shares[(rows - len(chosen)).clamp(min=0)])
@@ -266,14 +266,15 @@ def _influence(
 # ---------------------------------------------------------------- who works, and what it costs
 
 
-def _push_all(
+def _push(
     local: LocalReplacement,
     readings: Sequence[Readings],
     tables: Sequence[Tensor],
+    only_embeddings: bool,
     devices: Sequence[Any] | None,
     bar: bool,
-) -> None:
-    """Push every source but the bias; write the edges into the tables' first columns."""
+) -> Tensor:
+    """Push every source, or the embeddings; write the edges into the tables' first columns, and return the bias's."""
 
     def prepare(place: torch.device) -> Callable[[pushing.Chunk], None]:
         here = local.to(place)
@@ -292,25 +293,32 @@ def _push_all(
 
         return work
 
-    parts = list(
-        pushing.chunks(local.sources, local.frozen.d_model, elements=_elements(local.frozen, pushing.CHUNK_ELEMENTS))
-    )
-    for _ in _shared(prepare, local, parts, devices, bar):
+    elements = _elements(local.frozen, pushing.CHUNK_ELEMENTS)
+    parts = list(pushing.chunks(local.sources, local.frozen.d_model, only_embeddings, elements=elements))
+    for _ in _shared(prepare, local, parts, devices, bar and not only_embeddings):
         pass
+    return torch.cat(pushing.Push(local.frozen, local.sources, readings).bias())
 
 
 def _pulled(
-    local: LocalReplacement, readings: Readings, devices: Sequence[Any] | None, bar: bool
+    local: LocalReplacement, readings: Readings, devices: Sequence[Any] | None, bar: bool, embeddings: bool = True
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pull targets, but for the bias; return chunks of them with their edges, (n, S), the last layers' first."""
+    """Pull targets; return chunks of them, the last layers' first, with their edges from all but the bias.
+
+    Without embeddings, these are left out too, and so are chunks that nothing else reaches.
+    """
 
     def prepare(place: torch.device) -> Callable[[Tensor], Tensor]:
-        here, reads = local.to(place), readings.to(place)
-        return lambda rows: pulling.pull(here.frozen, here.sources, reads, rows.to(place), bias=False).to(home)
+        here = local.to(place)
+        pull = pulling.Pull(here.frozen, here.sources, readings.to(place), embeddings=embeddings)
+        return lambda rows: pull(rows.to(place)).to(home)
 
     home = local.frozen.device
     elements = _elements(local.frozen, pulling.CHUNK_ELEMENTS)
     parts = list(pulling.chunks(readings, local.frozen.d_model, len(local.sources), elements=elements))
+    if not embeddings:
+        # The first layer's MLP is the first that anything else writes at.
+        parts = [rows for rows in parts if int(readings.last[rows[0]]) >= order_of(0, "mlp_out_before_norm")]
     return _shared(prepare, local, parts, devices, bar)
 
 
@@ -362,7 +370,7 @@ def _wants_bar(bar: bool | None, flops: float) -> bool:
     return flops > SHORT if bar is None else bar
 
 
-MEETING = 4
+MEETING = 2
 """How many times as long an operation takes where edges meet, in thin products, as in attention's large ones."""
 
 
@@ -377,7 +385,8 @@ def push_flops(frozen: FrozenMap, sources: Sources, readings: Readings) -> float
 
 def pull_flops(frozen: FrozenMap, sources: Sources, readings: Readings) -> float:
     """Return about what pulling all targets takes, in floating-point operations of large matrix products."""
-    before, layers = (readings.positions + 1).double(), readings.last_layer.double()
+    # The first attention behind a target costs next to nothing, and only embeddings need that of the first layer.
+    before, layers = (readings.positions + 1).double(), (readings.last_layer - 1).clamp(min=0).double()
     # Every layer's writes are met by the targets above it: about as many as can see half of them.
     above = [float((readings.last_layer > layer).sum()) for layer in range(frozen.n_layers)]
     meetings = sum(len(sources.writing(layer)) * n for layer, n in enumerate(above)) * frozen.d_model

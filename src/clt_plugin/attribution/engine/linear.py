@@ -16,7 +16,8 @@ Canonical shapes, in which a state of many sources or targets is carried::
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -123,6 +124,12 @@ class FrozenLayer:
         """
         self.put_out(self.mix(self.values(x), start), out)
 
+    @cached_property
+    def shares(self) -> Tensor:
+        """How much of each key's value arrives at each query, the norms' scales included, (heads, queries, keys)."""
+        shares = self.pattern if self.key_scale is None else self.pattern * self.key_scale
+        return shares if self.query_scale is None else shares * self.query_scale[:, None]
+
     def values(self, x: Tensor) -> Tensor:
         """Return the values of vectors, but for the key scale: (..., value heads * d_head) for (..., d)."""
         return x @ self.W_V.flatten(1)
@@ -131,18 +138,14 @@ class FrozenLayer:
         """Return what heads make of values, (m, rows, heads * d_head).
 
         Args:
-            values: Of `values`, at positions start to start + m, (m, rows, value heads * d_head); overwritten.
+            values: Of `values`, at positions start to start + m, (m, rows, value heads * d_head).
             start: The first position.
         """
         (m, rows, _), (kv, d_head) = values.shape, self.W_V.shape[1:]
         here = slice(start, start + m)
-        if self.key_scale is not None:
-            values = values.mul_(self.key_scale[here, None, None])
         values = values.view(m, rows, kv, d_head).permute(2, 0, 1, 3).reshape(kv, m, rows * d_head)
-        pattern = self.pattern[:, here, here].reshape(kv, -1, m)
-        mixed = torch.bmm(pattern, values).view(-1, m, rows, d_head)
-        mixed = mixed.permute(1, 2, 0, 3).reshape(m, rows, -1)
-        return mixed if self.query_scale is None else mixed.mul_(self.query_scale[here, None, None])
+        mixed = torch.bmm(self.shares[:, here, here].reshape(kv, -1, m), values).view(-1, m, rows, d_head)
+        return mixed.permute(1, 2, 0, 3).reshape(m, rows, -1)
 
     def put_out(self, mixed: Tensor, out: Tensor) -> None:
         """Add to ``out``, (m, rows, d), what heads write of ``mixed``, of `mix`."""
@@ -159,15 +162,7 @@ class FrozenLayer:
         group = len(self.W_O) // self.W_V.shape[1]
         values = self.values(x).view(len(x), -1, self.W_V.shape[-1])
         heads = torch.bmm(values.repeat_interleave(group, 1).transpose(0, 1), self.W_O)
-        shares = []
-        for position, rows in places:
-            share = self.pattern[:, position:, position].T
-            if self.key_scale is not None:
-                share = share * self.key_scale[position]
-            if self.query_scale is not None:
-                share = share * self.query_scale[position:, None]
-            shares.append((position, rows, share))
-        return Spread(heads, shares)
+        return Spread(heads, [(at, rows, self.shares[:, at:, at].T) for at, rows in places])
 
     def attend_transposed(self, g: Tensor, out: Tensor) -> None:
         """Carry gradients back through attention, and add the result.
@@ -178,24 +173,29 @@ class FrozenLayer:
         """
         self.take_in(self.unmix(self.put_out_transposed(g)), out)
 
+    @cached_property
+    def _taken_out(self) -> Tensor:
+        """``W_O`` transposed, (heads, d, d_head)."""
+        return self.W_O.transpose(1, 2).contiguous()
+
     def put_out_transposed(self, g: Tensor) -> Tensor:
-        """Return gradients at heads' outputs, but for the query scale: (..., heads * d_head) for (..., d)."""
-        return g @ self.W_O.flatten(0, 1).T
+        """Return gradients at heads' outputs, but for the query scale: (heads, ..., d_head) for (..., d).
+
+        Heads come first, so that `unmix` need not move them there.
+        """
+        flat = g.reshape(-1, g.shape[-1])
+        return torch.bmm(flat.expand(len(self.W_O), -1, -1), self._taken_out).unflatten(1, g.shape[:-1])
 
     def unmix(self, mixed: Tensor) -> Tensor:
         """Return gradients at values, but for their weights, (m, rows, value heads * d_head).
 
         Args:
-            mixed: Of `put_out_transposed`, at the first m positions, (m, rows, heads * d_head); overwritten.
+            mixed: Of `put_out_transposed`, at the first m positions, (heads, m, rows, d_head).
         """
-        (m, rows, _), (kv, d_head) = mixed.shape, self.W_V.shape[1:]
-        if self.query_scale is not None:
-            mixed = mixed.mul_(self.query_scale[:m, None, None])
-        mixed = mixed.view(m, rows, -1, d_head).permute(2, 0, 1, 3).reshape(kv, -1, rows * d_head)
-        pattern = self.pattern[:, :m, :m].reshape(kv, -1, m)
-        values = torch.bmm(pattern.transpose(1, 2), mixed).view(kv, m, rows, d_head)
-        values = values.permute(1, 2, 0, 3).reshape(m, rows, -1)
-        return values if self.key_scale is None else values.mul_(self.key_scale[:m, None, None])
+        (_, m, rows, d_head), kv = mixed.shape, self.W_V.shape[1]
+        shares = self.shares[:, :m, :m].reshape(kv, -1, m)
+        values = torch.bmm(shares.transpose(1, 2), mixed.view(kv, -1, rows * d_head)).view(kv, m, rows, d_head)
+        return values.permute(1, 2, 0, 3).reshape(m, rows, -1)
 
     def take_in(self, values: Tensor, out: Tensor) -> None:
         """Add to ``out``, (m, rows, d), the gradients at what is read for those at values, of `unmix`."""
@@ -214,23 +214,16 @@ class FrozenLayer:
             What was added; None where that is not so simple.
         """
         group = len(self.W_O) // self.W_V.shape[1]
-        mixed = self.put_out_transposed(g).view(len(g), *self.W_O.shape[:2])
+        mixed = self.put_out_transposed(g)
         back = self.W_V.permute(1, 2, 0).repeat_interleave(group, 0)  # (heads, d_head, d)
-        shares = []
-        for position, rows in by_position(at):
-            share = self.pattern[:, position, : position + 1].T
-            if self.query_scale is not None:
-                share = share * self.query_scale[position]
-            if self.key_scale is not None:
-                share = share * self.key_scale[: position + 1, None]
-            shares.append((0, rows, share))
-        spread = Spread(torch.bmm(mixed.transpose(0, 1), back), shares)
+        shares = [(0, rows, self.shares[:, here, : here + 1].T) for here, rows in by_position(at)]
+        spread = Spread(torch.bmm(mixed, back), shares)
         spread.add_to(out, 0)
         return spread
 
     def to(self, device: torch.device) -> FrozenLayer:
         """Return the layer on another device."""
-        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})
+        return replace(self, **{each.name: moved(getattr(self, each.name), device) for each in fields(self)})
 
 
 def _folded(norm: FrozenNorm, vectors: Tensor) -> Tensor:
@@ -238,10 +231,19 @@ def _folded(norm: FrozenNorm, vectors: Tensor) -> Tensor:
     return norm.transposed(vectors, torch.ones((), dtype=vectors.dtype, device=vectors.device))
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a value with all tensors in it, or in what its fields and parts hold, on another device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
     if isinstance(value, FrozenNorm):
         return value.to(value.gain.dtype, device)
-    return value.to(device) if isinstance(value, Tensor) else value
+    if isinstance(value, dict):
+        return {key: moved(each, device) for key, each in value.items()}
+    if isinstance(value, tuple) and value and not isinstance(value[0], int | str):
+        return tuple(moved(each, device) for each in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{each.name: moved(getattr(value, each.name), device) for each in fields(value)})
+    return value
 
 
 @dataclass(frozen=True, eq=False)
@@ -373,7 +375,7 @@ class FrozenMap:
         if device == self.device:
             return self
         layers = tuple(layer.to(device) for layer in self.layers)
-        return replace(self, layers=layers, final_norm=_moved(self.final_norm, device))
+        return replace(self, layers=layers, final_norm=moved(self.final_norm, device))
 
     def _in(self, dtype: torch.dtype) -> FrozenMap:
         """Return the map in a narrower dtype than it was made in."""
@@ -383,5 +385,5 @@ class FrozenMap:
                 return value.to(dtype, value.gain.device)
             return value.to(dtype) if isinstance(value, Tensor) else value
 
-        layers = (replace(one, **{name: narrow(value) for name, value in vars(one).items()}) for one in self.layers)
+        layers = (replace(one, **{n.name: narrow(getattr(one, n.name)) for n in fields(one)}) for one in self.layers)
         return replace(self, layers=tuple(layers), final_norm=narrow(self.final_norm), dtype=dtype)

@@ -1,60 +1,117 @@
 """Edges by pulling: the gradient of targets is carried back, and met by what sources wrote.
 
 The same map as in `push`, transposed: one sweep a chunk of targets. A chunk holds targets whose last reading is of the
-same state, at neighbouring positions: the layers and positions after are left out.
+same state, at neighbouring positions: the layers and positions after are left out. As in `push`, the first attention on
+the way costs next to nothing, the second little, and what the last one takes back to its values need not be written
+into the residual stream: what sources wrote is carried through its value map instead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from clt_plugin.attribution.engine._vectors import cut
+from clt_plugin.attribution.engine._vectors import Vectors, cut
 from clt_plugin.attribution.engine.linear import FrozenLayer, FrozenMap, Spread
 from clt_plugin.attribution.engine.readings import Readings
 from clt_plugin.attribution.engine.sources import Sources
 
 
-def pull(frozen: FrozenMap, sources: Sources, readings: Readings, targets: Tensor, *, bias: bool = True) -> Tensor:
+def pull(frozen: FrozenMap, sources: Sources, readings: Readings, targets: Tensor) -> Tensor:
     """Return the edges from all sources to some targets, (n, S).
 
     Args:
         frozen: The map.
         sources: The sources.
         readings: The targets.
-        targets: Numbers of targets whose last reading is of one state, (n,).
-        bias: Whether to find the edges from the bias too, which meets every layer at every position; otherwise 0.
+        targets: Numbers of targets whose last reading is of one state, by position, (n,).
     """
-    return _Sweep(frozen, sources, readings.select(targets), bias).run().T
+    return Pull(frozen, sources, readings, bias=True)(targets)
+
+
+class Pull:
+    """Pulls chunks of targets.
+
+    Args:
+        frozen: The map.
+        sources: The sources.
+        readings: The targets.
+        embeddings: Whether to find the edges from embeddings. They are few and first, so that all else asks for one
+            layer less, and pushing them may cost less than that.
+        bias: Whether to find the edges from the bias too, which meets every layer at every position.
+    """
+
+    def __init__(
+        self, frozen: FrozenMap, sources: Sources, readings: Readings, *, embeddings: bool = True, bias: bool = False
+    ) -> None:
+        self.frozen, self.sources, self.readings = frozen, sources, readings
+        self.embeddings, self.bias = embeddings or bias, bias
+        n, at = sources.n_writing, torch.arange(sources.n_positions, device=frozen.device)
+        self.embedded = Vectors(n + at, at, sources.embeddings)
+        self.n_sources = len(sources) if bias else n + self.embeddings * len(at)
+        # The last attention that is needed: sources other than embeddings write after the first.
+        self.end = 0 if self.embeddings else 1
+        self._behind: list[Vectors] | None = None
+        self.order = torch.cat((sources.places, torch.arange(n, self.n_sources, device=frozen.device)))
+
+    def __call__(self, targets: Tensor) -> Tensor:
+        """Return the edges to some targets, from features and errors, then embeddings, then the bias, (n, sources).
+
+        Args:
+            targets: Their numbers, (n,): their last readings are of one state, and they are in order of position.
+        """
+        return _Sweep(self, self.readings.select(targets)).run().index_select(1, self.order)
+
+    def behind(self) -> Iterable[Vectors]:
+        """Return what the last attention's values meet: what was written before it, carried through its value map."""
+        if self._behind is not None:
+            return self._behind
+        weight, norm = self.frozen.layers[self.end].W_V.flatten(1).T, self.sources.norms[0]
+        if self.end == 0:
+            parts: Iterable[Vectors] = (self.embedded,)
+        elif norm is None:
+            parts = self.sources.written(0)
+        else:
+            parts = (replace(one, vectors=norm.at(one.vectors, one.positions)) for one in self.sources.written(0))
+        found = (one.behind(weight) for one in parts)
+        if not self.sources.keeps_vectors:
+            return found
+        self._behind = list(found)
+        return self._behind
 
 
 class _Sweep:
     """One chunk of targets on its way back through the layers."""
 
-    def __init__(self, frozen: FrozenMap, sources: Sources, readings: Readings, bias: bool) -> None:
-        self.frozen, self.sources, self.readings, self.bias = frozen, sources, readings, bias
-        self.m = int(readings.positions.max()) + 1
-        self.edges = torch.zeros(len(sources), len(readings), dtype=frozen.dtype, device=frozen.device)
+    def __init__(self, pull: Pull, readings: Readings) -> None:
+        self.pull, self.frozen, self.sources, self.readings = pull, pull.frozen, pull.sources, readings
+        positions = readings.positions
+        self.m = int(positions[-1]) + 1
+        self.rows = torch.arange(len(readings), device=positions.device)
+        # Rows are 0 at positions after their own.
+        befores = torch.searchsorted(positions, torch.arange(self.m, device=positions.device)).tolist()
+        self.reach = [slice(before, len(readings)) for before in befores]
+        self.edges = readings.values.new_zeros(len(readings), pull.n_sources)
         # Gradients at states that skips read, by state.
         self.pending: dict[tuple[int, str], Tensor] = {}
         # Whether every row is at its own position yet.
         self.is_fresh = True
         # What each row reads, (rows, d), and what the first attention made of it; where that is all there is.
-        self.is_plain = len(readings.readings) == 1 and not any(sources.skips)
+        self.is_plain = len(readings.readings) == 1 and not any(self.sources.skips)
         self.own: Tensor | None = None
         self.spread: Spread | None = None
-        # The gradient at the first layer's values.
+        # The gradient at the last attention's values.
         self.values: Tensor | None = None
 
     def run(self) -> Tensor:
-        """Sweep; return the edges, (S, n)."""
-        shape = (self.m, len(self.readings), self.frozen.d_model)
+        """Sweep; return the edges, (n, sources), features and errors as in `Sources.order`."""
+        shape, end = (self.m, len(self.readings), self.frozen.d_model), self.pull.end
         g = torch.zeros(shape, dtype=self.frozen.dtype, device=self.frozen.device)
-        for layer in reversed(range(int(self.readings.last_layer[0]) + 1)):
+        for layer in reversed(range(end, int(self.readings.last_layer[0]) + 1)):
             self._inject(layer, "resid_post", g)
             self._meet(layer, g)
             if not self.frozen.parallel:
@@ -63,11 +120,21 @@ class _Sweep:
             self._inject(layer, "attn_out", attended)
             self._attend(layer, attended, g)
             self._inject(layer, "resid_pre", g)
-        self._meet_embeddings(g)
-        self._meet_bias(g, self.sources.start)
-        if self.bias:
-            self.edges[self.sources.bias] += self.readings.constants
+        if end:
+            self._inject(0, "resid_post", g)
+            self._meet(0, g)
+        else:
+            self._see(self.pull.embedded, g)
+        if self.values is not None:
+            for vectors in self.pull.behind():
+                self._see(vectors, self.values)
+        if self.pull.bias:
+            self._meet_bias(g, self.sources.start)
+            self.edges[:, -1] += self.readings.constants
         return self.edges
+
+    def _see(self, vectors: Vectors, g: Tensor) -> None:
+        vectors.meet(g, 0, self.reach, self.edges.T)
 
     def _reads(self, layer: int, state: str) -> bool:
         return bool(self.readings.at(layer, state)) or (layer, state) in self.pending
@@ -85,40 +152,35 @@ class _Sweep:
         step, positions = self.frozen.layers[layer], self.readings.positions
         self._meet_bias(g, step.constant)
         if self.is_fresh:
-            rows = torch.arange(len(positions), device=g.device)
-            fresh, own = g[positions, rows], out[positions, rows]
+            fresh, own = g[positions, self.rows], out[positions, self.rows]
             if bool(fresh.any()):
                 self.spread, self.own = step.attend_from_transposed(fresh, positions, out), own
                 self.is_fresh = False
             return
         spread, self.spread = self.spread, None
-        is_last = layer == 0 and not self.bias and not self._reads(0, "resid_pre")
-        if not is_last and (spread is None or not self.is_plain):
+        # Few vectors, where that is fewer than there are positions.
+        is_simple = spread is not None and self.is_plain and self.m > len(step.W_O) + 1
+        is_last = layer == self.pull.end and not self.pull.bias
+        if not is_last and not is_simple:
             step.attend_transposed(g, out)
             return
-        mixed = self._mixed(step, spread, len(g)) if spread and self.is_plain else step.put_out_transposed(g)
-        values = step.unmix(mixed)
+        values = step.unmix(self._mixed(step, spread) if spread and is_simple else step.put_out_transposed(g))
         if is_last:
-            # Only embeddings are left to meet, which attention's weights can be applied to beforehand.
             self.values = values
         else:
             step.take_in(values, out)
 
-    def _mixed(self, step: FrozenLayer, spread: Spread, m: int) -> Tensor:
+    def _mixed(self, step: FrozenLayer, spread: Spread) -> Tensor:
         """Return the gradient at heads' outputs behind a single attention, found from few vectors."""
         assert self.own is not None
-        positions, rows = self.readings.positions, torch.arange(len(self.own), device=self.own.device)
-        mixed = self.own.new_zeros(m, len(rows), step.W_O[..., 0].numel())
-        replace(spread, heads=step.put_out_transposed(spread.heads)).add_to(mixed, 0)
-        mixed[positions, rows] += step.put_out_transposed(self.own)
+        n_heads, d_head, _ = step.W_O.shape
+        mixed = self.own.new_zeros(n_heads, self.m, len(self.own), d_head)
+        heads = step.put_out_transposed(spread.heads)
+        for _, rows, share in spread.shares:
+            into = mixed[:, : len(share), rows].flatten(2)
+            into.baddbmm_(share.expand(n_heads, -1, -1), heads[:, :, rows].flatten(2))
+        mixed[:, self.readings.positions, self.rows] += step.put_out_transposed(self.own)
         return mixed
-
-    def _meet_embeddings(self, g: Tensor) -> None:
-        embeddings, first = self.sources.embeddings[: self.m], self.sources.bias - self.sources.n_positions
-        found = torch.bmm(g, embeddings[:, :, None])
-        if self.values is not None:
-            found += torch.bmm(self.values, self.frozen.layers[0].values(embeddings)[:, :, None])
-        self.edges[first : first + self.m] = found[:, :, 0]
 
     def _meet(self, layer: int, g: Tensor) -> None:
         """Meet what is written at a layer's MLP."""
@@ -136,14 +198,14 @@ class _Sweep:
             key, back = (skip.layer, skip.state), skip.transposed(g)
             self.pending[key] = back + self.pending[key] if key in self.pending else back
         for vectors in self.sources.written(layer):
-            vectors.meet(g, 0, self.edges)
+            self._see(vectors, g)
 
     def _meet_bias(self, g: Tensor, constant: Tensor) -> None:
-        if self.bias:
-            self.edges[self.sources.bias] += torch.einsum("ptd,pd->t", g, constant[: self.m])
+        if self.pull.bias:
+            self.edges[:, -1] += torch.einsum("ptd,pd->t", g, constant[: self.m])
 
 
-CHUNK_ELEMENTS = 2**19
+CHUNK_ELEMENTS = 2**20
 """How many numbers a chunk's gradient may have: small enough for caches, large enough for matrix products."""
 
 
@@ -166,6 +228,7 @@ def chunks(readings: Readings, d_model: int, n_sources: int, elements: int = CHU
         stop = start + len(list(run))
         # A target's edges count as much as its gradient.
         for part in cut([1 + at for at in positions[start:stop]], elements, d_model, n_sources):
-            # Ascending, so that the edges of many follow one another.
-            yield order[start + part.start : start + part.stop].sort().values
+            # By position, and there ascending, so that the edges of many follow one another.
+            these = order[start + part.start : start + part.stop].sort().values
+            yield these[torch.argsort(readings.positions[these], stable=True)]
         start = stop

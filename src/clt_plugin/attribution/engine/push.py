@@ -96,6 +96,12 @@ class _Sweep:
         self.frozen, self.sources = push.frozen, push.sources
         self.is_bias = chunk.nodes.start == self.sources.bias
         self.start = chunk.places[0][0]
+        # Rows are 0 at positions before their own.
+        stops = dict(chunk.places)
+        self.reach: list[slice] = []
+        for position in range(self.start, self.frozen.n_positions):
+            before = self.reach[-1].stop if self.reach else 0
+            self.reach.append(slice(0, stops[position].stop if position in stops else before))
         device = self.frozen.device
         # Where each row writes, from the first position on, and its place in a state whose rows follow one another.
         self.at = self.sources.position[chunk.nodes] - self.start
@@ -138,10 +144,10 @@ class _Sweep:
             self.held[layer, state] = x.clone()
         if x is not None:
             for number, vectors in self.push.met.get((layer, state), ()):
-                vectors.meet(x, self.start, self.edges[number])
+                vectors.meet(x, self.start, self.reach, self.edges[number])
         if self.mixed is not None:
             for number, vectors in self.push.met_behind.get(state, ()):
-                vectors.meet(self.mixed, self.start, self.edges[number])
+                vectors.meet(self.mixed, self.start, self.reach, self.edges[number])
 
     def _attend(self, layer: int, x: Tensor) -> Tensor:
         """Return a state with what attention carries over; at the last layer, keep that beside it."""
@@ -167,7 +173,8 @@ class _Sweep:
 
     def _values(self, layer: int, step: FrozenLayer, x: Tensor) -> Tensor:
         """Return what attention makes values of, for a state behind one attention from few vectors."""
-        if layer > self.chunk.birth + 2 or self.push.wanted:
+        # Few vectors, where that is fewer than there are positions.
+        if layer > self.chunk.birth + 2 or self.push.wanted or len(x) <= len(step.W_O) + 1:
             return step.values(x)
         assert self.spread is not None
         values = x.new_zeros(*x.shape[:2], step.W_V[0].numel())
@@ -218,20 +225,24 @@ CHUNK_ELEMENTS = 2**20
 """How many numbers a chunk's state may have: small enough for caches, large enough for matrix products."""
 
 
-def chunks(sources: Sources, d_model: int, elements: int = CHUNK_ELEMENTS) -> Iterator[Chunk]:
+def chunks(
+    sources: Sources, d_model: int, only_embeddings: bool = False, *, elements: int = CHUNK_ELEMENTS
+) -> Iterator[Chunk]:
     """Cut all sources but the bias into chunks that `Push` takes.
 
     Args:
         sources: The sources.
         d_model: The width of the residual stream.
+        only_embeddings: Whether to leave out all but embeddings.
         elements: How many numbers a chunk's state may have.
     """
     positions, n, n_features = sources.position.tolist(), sources.n_positions, len(sources.features)
     kinds: list[tuple[int, int | None, slice]] = []
-    for g, nodes in sources.features.ranges.items():
-        kinds.append((min(sources.rows[g].columns), g, nodes))
-    for number, birth in enumerate([*range(sources.n_layers), -1]):  # errors, then embeddings
-        kinds.append((birth, None, slice(n_features + number * n, n_features + (number + 1) * n)))
+    if not only_embeddings:
+        kinds += [(min(sources.rows[g].columns), g, nodes) for g, nodes in sources.features.ranges.items()]
+        firsts = range(n_features, sources.n_writing, n)
+        kinds += [(layer, None, slice(first, first + n)) for layer, first in enumerate(firsts)]
+    kinds.append((-1, None, slice(sources.n_writing, sources.n_writing + n)))
     for birth, group, nodes in kinds:
         for part in cut([n - position for position in positions[nodes]], elements, d_model):
             here = slice(nodes.start + part.start, nodes.start + part.stop)

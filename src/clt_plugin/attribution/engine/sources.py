@@ -7,7 +7,7 @@ is split exactly: the features' writes, the decoder biases, the affine skips, an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from clt_plugin.adapters._norms import FrozenNorm
 from clt_plugin.adapters._run import group_labels
 from clt_plugin.attribution.engine._vectors import Vectors, by_position
-from clt_plugin.attribution.engine.linear import FrozenMap
+from clt_plugin.attribution.engine.linear import FrozenMap, moved
 from clt_plugin.core.crosscoder import Crosscoder
 from clt_plugin.core.features import SparseGroup
 from clt_plugin.core.wiring import MLP_WRITES, Site
@@ -183,29 +183,57 @@ class Sources:
         before = layers.new_full((self.n_positions + 1,), -1)
         return torch.cat((late, layers.to(late), before.to(late)))
 
+    @property
+    def n_writing(self) -> int:
+        """How many sources write at MLPs: features and errors, the first of all."""
+        return len(self.features) + self.n_layers * self.n_positions
+
+    @cached_property
+    def order(self) -> Tensor:
+        """Features and errors by position, and there by the first layer at which they write, (n_writing,).
+
+        So those that write at one layer are neighbours at each position, whose edges are found in one product.
+        """
+        nodes = torch.arange(self.n_writing, device=self.errors.device)
+        key = (self.position[: len(nodes)] * self.n_layers + self.birth[: len(nodes)]) * 2
+        return torch.argsort(key + (nodes >= len(self.features)), stable=True)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """Where each source is in that order, (n_writing,)."""
+        return torch.empty_like(self.order).scatter_(0, self.order, torch.arange(len(self.order)).to(self.order))
+
     def writing(self, layer: int) -> Tensor:
-        """Return the sources that write at a layer's MLP site, but for the bias, by position, (n,)."""
-        ranges = [range_ for g, range_ in self.features.ranges.items() if layer in self.rows[g].columns]
+        """Return where in `order` those are that write at a layer's MLP site, (n,); and any between two of them."""
         first = len(self.features) + layer * self.n_positions
-        ranges.append(slice(first, first + self.n_positions))
-        every = torch.cat([torch.arange(one.start, one.stop, device=self.errors.device) for one in ranges])
-        return every[torch.argsort(self.position[every], stable=True)]
+        # A layer's error comes last of all that write there, at each position.
+        stops = starts = self.places[first : first + self.n_positions]
+        for g, nodes in self.features.ranges.items():
+            if layer in self.rows[g].columns:
+                starts = starts.scatter_reduce(0, self.features.position[nodes], self.places[nodes], "amin")
+        counts = stops - starts + 1
+        shifts = starts - (counts.cumsum(0) - counts)
+        return torch.arange(int(counts.sum()), device=starts.device) + shifts.repeat_interleave(counts)
 
     def written(self, layer: int) -> Iterable[Vectors]:
-        """Return what sources write at a layer's MLP site, in parts that are small enough."""
+        """Return what sources write at a layer's MLP site, by their places in `order`, in parts that are small enough.
+
+        Between them there may be zeros, for sources that write elsewhere.
+        """
         if layer in self._written:
             return self._written[layer]
-        parts = (
-            Vectors(nodes, self.position[nodes], self.vectors(layer, nodes))
-            for nodes in blocks(self.writing(layer), self.errors.shape[-1])
-        )
-        if not self._keeps_vectors:
+        width = self.errors.shape[-1]
+        parts = (self._part(layer, self.order[places], places) for places in blocks(self.writing(layer), width))
+        if not self.keeps_vectors:
             return parts
         self._written[layer] = list(parts)
         return self._written[layer]
 
+    def _part(self, layer: int, nodes: Tensor, places: Tensor) -> Vectors:
+        return Vectors(places, self.position[nodes], self.vectors(layer, nodes))
+
     @cached_property
-    def _keeps_vectors(self) -> bool:
+    def keeps_vectors(self) -> bool:
         """Whether what every source writes everywhere is small enough to be kept."""
         entries = sum(len(self.writing(layer)) for layer in range(self.n_layers)) * self.errors.shape[-1]
         return entries * self.errors.element_size() <= KEPT_BYTES
@@ -229,43 +257,28 @@ class Sources:
         return taken.mul_(self.features.activation[nodes, None])
 
     def vectors(self, layer: int, nodes: Tensor) -> Tensor:
-        """Return what some sources write at a layer's MLP site, (n, d).
+        """Return what some sources write at a layer's MLP site, (n, d): 0 for those that do not write there.
 
         Args:
             layer: The layer.
-            nodes: Numbers of sources that write there, features or errors, (n,).
+            nodes: Numbers of features and errors, (n,).
         """
-        out = self.errors.new_empty(len(nodes), self.errors.shape[-1])
+        out = self.errors.new_zeros(len(nodes), self.errors.shape[-1])
         for g, range_ in self.features.ranges.items():
-            here = ((nodes >= range_.start) & (nodes < range_.stop)).nonzero()[:, 0]
-            if len(here):
-                rows = self.rows[g]
+            rows, here = self.rows[g], ((nodes >= range_.start) & (nodes < range_.stop)).nonzero()[:, 0]
+            if layer in rows.columns and len(here):
                 taken = rows.rows[:, rows.columns[layer]][rows.which[nodes[here]]].to(out.dtype)
                 out[here] = taken.mul_(self.features.activation[nodes[here], None])
-        here = (nodes >= len(self.features)).nonzero()[:, 0]
-        out[here] = self.errors[layer, nodes[here] - len(self.features) - layer * self.n_positions]
+        position = nodes - len(self.features) - layer * self.n_positions
+        here = ((position >= 0) & (position < self.n_positions)).nonzero()[:, 0]
+        out[here] = self.errors[layer, position[here]]
         return out
 
     def to(self, device: torch.device) -> Sources:
         """Return the sources on another device."""
         if device == self.errors.device:
             return self
-        fields = ("features", "rows", "errors", "embeddings", "start", "constants", "norms", "skips")
-        return replace(self, **{name: _moved(getattr(self, name), device) for name in fields})
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, FrozenNorm):
-        return value.to(value.gain.dtype, device)
-    if isinstance(value, ActiveFeatures | Rows | Skip):
-        return replace(value, **{name: _moved(each, device) for name, each in vars(value).items()})
-    if isinstance(value, dict):
-        return {key: _moved(each, device) for key, each in value.items()}
-    if isinstance(value, tuple) and value and not isinstance(value[0], int | str):
-        return tuple(_moved(each, device) for each in value)
-    return value
+        return replace(self, **{each.name: moved(getattr(self, each.name), device) for each in fields(self)})
 
 
 # ---------------------------------------------------------------- how they are found
