@@ -66,8 +66,8 @@ class Metrics:
     near: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return it as plain data, for JSON."""
-        return asdict(self)
+        """Return it as plain data, as JSON gives it back."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
 
 class Trainer:
