@@ -27,6 +27,7 @@ from clt_plugin.interventions.modes import intervene
 
 if TYPE_CHECKING:
     from clt_plugin import analysis, training
+    from clt_plugin.analysis.faithfulness import faithfulness_report
     from clt_plugin.training import TrainConfig, train
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "analysis",
     "attribute",
     "convert",
+    "faithfulness_report",
     "inspect",
     "intervene",
     "load",
@@ -67,6 +69,8 @@ def __getattr__(name: str) -> Any:
         return import_module(f"clt_plugin.{name}")
     if name in ("TrainConfig", "train"):
         return getattr(import_module("clt_plugin.training"), name)
+    if name == "faithfulness_report":
+        return getattr(import_module("clt_plugin.analysis.faithfulness"), name)
     raise AttributeError(f"module 'clt_plugin' has no attribute {name!r}")
 
 

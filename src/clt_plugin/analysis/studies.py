@@ -69,10 +69,17 @@ STUDIES: Registry[Study] = Registry("study")
 
 
 def write(result: Result, folder: Path, name: str) -> list[Path]:
-    """Write a study's table as CSV and its figure as PNG, each whole or not at all; return their paths."""
+    """Write a study's table as CSV, its figure as PNG and its page, where it has one; return their paths.
+
+    Each is whole or not there.
+    """
     table, picture = folder / f"{name}.csv", folder / f"{name}.png"
     with written_aside(table) as aside:
         result.table.to_csv(aside)
     with written_aside(picture) as aside:
         result.plot().savefig(aside, dpi=150, format="png")
-    return [table, picture]
+    written = [table, picture]
+    if hasattr(result, "to_html"):
+        written.append(folder / f"{name}.html")
+        result.to_html(written[-1])
+    return written

@@ -52,8 +52,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], numbers: Mappin
 
     def make_room() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for stray in folder.glob(".step-*.partial"):
-            shutil.rmtree(stray)
+        _forget_partial(folder)
         aside.mkdir()
 
     def publish() -> None:
@@ -82,6 +81,12 @@ def found(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def _forget_partial(folder: Path) -> None:
+    """Remove what a run that was killed was writing when it ended."""
+    for stray in folder.glob(".step-*.partial"):
+        shutil.rmtree(stray)
+
+
 def load_latest(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Load the last checkpoint that is whole into tensors, in place.
 
@@ -101,6 +106,7 @@ def load_latest(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any] |
 
 def _last_whole(folder: Path) -> Path | None:
     """Return the last checkpoint that is whole, and warn of those after it."""
+    _forget_partial(folder)
     broken = []
     for path in reversed(found(folder)):
         damage = damage_of(path)

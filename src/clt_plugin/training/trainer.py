@@ -143,7 +143,8 @@ class Trainer:
         everywhere = self.mesh.mean(loss.detach())
         if not bool(torch.isfinite(everywhere)):
             raise self._not_finite(f"the loss is {everywhere.item()}")
-        (loss * share).backward()
+        # Not the tensor's method, for which nnsight, once imported, reads the caller's source.
+        torch.autograd.backward(loss * share)
         with torch.no_grad():
             self._count(run)
             return Seen.of(run, loss, error, penalties)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clt_plugin.attribution.corpus._stream import Seen, stream
+from clt_plugin.attribution.corpus.stream import Seen, stream
 from clt_plugin.core import Crosscoder
 
 

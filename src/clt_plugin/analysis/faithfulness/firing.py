@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from clt_plugin.analysis.faithfulness._statistics import ranks, wilson
 from clt_plugin.analysis.faithfulness._texts import batches, fitting, several, show
-from clt_plugin.attribution.corpus._stream import members_of
+from clt_plugin.attribution.corpus.stream import members_of
 
 if TYPE_CHECKING:
     import pandas as pd

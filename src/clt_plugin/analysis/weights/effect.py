@@ -21,7 +21,7 @@ from clt_plugin.analysis.weights._blocks import read_block, shown
 from clt_plugin.analysis.weights.coactivation import Pair, interval_of_mean, strongest_pairs
 from clt_plugin.analysis.weights.targeted import Targeting
 from clt_plugin.analysis.weights.targeting import attention_targeting
-from clt_plugin.attribution.corpus._stream import Seen, stream
+from clt_plugin.attribution.corpus.stream import Seen, stream
 from clt_plugin.core.crosscoder import Crosscoder
 
 if TYPE_CHECKING:

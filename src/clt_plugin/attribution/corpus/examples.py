@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clt_plugin.adapters._run import group_labels
-from clt_plugin.attribution.corpus._stream import Seen, members_of, stream
+from clt_plugin.attribution.corpus.stream import Seen, members_of, stream
 from clt_plugin.attribution.graph import Graph, GraphError
 
 

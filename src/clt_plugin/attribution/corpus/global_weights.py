@@ -26,8 +26,8 @@ from torch import Tensor
 
 from clt_plugin.adapters._run import group_labels
 from clt_plugin.attribution.corpus._global_sums import Sums
-from clt_plugin.attribution.corpus._stream import members_of, stream
 from clt_plugin.attribution.corpus._virtual import Chosen, ResidualPath
+from clt_plugin.attribution.corpus.stream import members_of, stream
 from clt_plugin.attribution.graph import GraphError
 from clt_plugin.core.crosscoder import Crosscoder
 
