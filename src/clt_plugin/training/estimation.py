@@ -43,7 +43,7 @@ PER_ENTRY = 48
 PER_LATENT = 24
 """Bytes of a dense step for each latent of a token: pre-activations, activations, a penalty's, and their gradients.
 
-With these a step of 6 groups comes out at 1.0 to 1.8 times the peak measured (TopK, BatchTopK, JumpReLU; 1,024 tokens
+With these a step of 6 groups comes out at 0.9 to 1.8 times the peak measured (TopK, BatchTopK, JumpReLU; 1,024 tokens
 of 2,048 latents and 2,048 of 4,096)."""
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 GB = 1e9
